@@ -1,0 +1,45 @@
+# Everything a developer runs. `make` with no argument lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full lint types format bench bench-gpu docs build clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## create .venv with everything needed to use, test and change medmamba
+
+# torch is named in the same call as everything else, so that pip never replaces it.
+$(STAMP): pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kernels/cpu/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[demo,dev]'
+	@touch $@
+
+build: ## rebuild the native scan kernel and the installed presets
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --editable .
+
+demo: setup ## plan, train, predict and evaluate on real brain MRI (under 10 minutes on 2 cores)
+	$(BIN)/medmamba demo -o demo_output
+
+test: setup ## the tests a change must pass (under 8 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-full: setup ## everything that needs no GPU, the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup ## ruff, import layers, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+types: setup ## mypy in strict mode
+	$(BIN)/mypy
+
+format: setup ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
