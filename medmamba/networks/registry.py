@@ -1,0 +1,68 @@
+"""All networks by name. A new network is one line here; every test then runs over it."""
+
+from torch import nn
+
+from medmamba.errors import PlanError
+from medmamba.networks.definition import NetworkDefinition, require
+from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.unet import PLAIN_UNET, RESENC_UNET
+
+NETWORKS: dict[str, NetworkDefinition] = {
+    "plain_unet": PLAIN_UNET,
+    "resenc_unet": RESENC_UNET,
+}
+
+
+def find_network(name: str) -> NetworkDefinition:
+    """Return the definition of a network.
+
+    Raises:
+        PlanError: there is no network of that name; the message lists those there are.
+    """
+    if name not in NETWORKS:
+        raise PlanError(
+            f"network {name!r} does not exist. Choose one of: {', '.join(sorted(NETWORKS))}.",
+            code="E_NETWORK_UNKNOWN",
+        )
+    return NETWORKS[name]
+
+
+def build_network(spec: NetworkSpec) -> nn.Module:
+    """Build a network with fresh weights.
+
+    Raises:
+        PlanError: unknown network, a dimension or patch size it cannot take, or a bad option.
+    """
+    definition = find_network(spec.name)
+    check_patch(spec)
+    return definition.build(spec)
+
+
+def check_patch(spec: NetworkSpec) -> None:
+    """Refuse a patch size that the network cannot take.
+
+    Raises:
+        PlanError: naming the required multiple per axis.
+    """
+    definition = find_network(spec.name)
+    offered = " or ".join(f"{dimension}D" for dimension in sorted(definition.dimensions))
+    require(
+        spec.dimension in definition.dimensions,
+        spec,
+        f"it is {offered}, the patch {list(spec.patch_size)} is {spec.dimension}D.",
+    )
+    divisor = definition.divisor(spec)
+    fits = all(
+        size > 0 and size % multiple == 0
+        for size, multiple in zip(spec.patch_size, divisor, strict=True)
+    )
+    nearest = [
+        max(1, round(size / multiple)) * multiple
+        for size, multiple in zip(spec.patch_size, divisor, strict=True)
+    ]
+    require(
+        fits,
+        spec,
+        f"patch size {list(spec.patch_size)} must be a multiple of {list(divisor)} per axis. "
+        f"The nearest that fits is {nearest}.",
+    )
