@@ -9,6 +9,8 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    # pytest's own --fixtures (a synonym of --funcargs) gives way to ours.
+    parser._anonymous._arggroup.conflict_handler = "resolve"
     parser.addoption(
         "--fixtures",
         type=Path,
