@@ -1,0 +1,47 @@
+"""Options that several commands share, and reading of human durations."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medmamba.errors import UsageError
+
+DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+WorkFolder = Annotated[
+    Path, typer.Argument(metavar="WORK", help="Work folder that `medmamba plan` made.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Cases worked on at once (default: one a core, at most 8)."),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute; auto says its choice."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def parse_duration(text: str) -> float:
+    """Read ``90s``, ``20m``, ``1h30m`` or plain seconds into seconds.
+
+    Raises:
+        UsageError: it is none of these, or not positive.
+    """
+    match = DURATION.fullmatch(text.strip().lower())
+    parts = [float(part or 0) for part in match.groups()] if match else []
+    seconds = parts[0] * 3600 + parts[1] * 60 + parts[2] if parts else 0.0
+    if seconds <= 0:
+        raise UsageError(f"duration '{text}': write it like 90s, 20m or 1h30m.")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Render seconds as people say them: ``45 s``, ``12 min 05 s``, ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
