@@ -1,0 +1,384 @@
+"""The scan as a torch operator: schema, fake kernels, autograd, and the function people call.
+
+Owns `medmamba::selective_scan` and `medmamba::selective_scan_bwd`; which code runs is backend.py's choice.
+Registered with Library.define/impl because the dispatch cost matters where sequences are short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medmamba.errors import KernelError
+from medmamba.kernels.arguments import (
+    Gradients,
+    Needs,
+    ScanArguments,
+    check_arguments,
+    empty_rows,
+)
+from medmamba.kernels.backend import choose
+from medmamba.kernels.scan_order import ScanOrder
+
+_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? skip, Tensor? gate, " + (
+    "Tensor? delta_bias, Tensor? h0, Tensor? order"
+)
+_OPTIONS = (
+    "bool delta_softplus, bool reverse, SymInt reset_every, SymInt segment, ScalarType out_dtype"
+)
+_FORWARD = (
+    f"selective_scan({_TENSORS}, {_OPTIONS}, bool save_states)"
+    " -> (Tensor out, Tensor h_last, Tensor states)"
+)
+_BACKWARD = (
+    "selective_scan_bwd(Tensor? grad_out, Tensor? grad_h_last, Tensor states, "
+    f"{_TENSORS}, {_OPTIONS}, bool[] needs) -> Tensor[]"
+)
+_DIFFERENTIABLE = len(Needs._fields)
+_NAMES = (
+    *Needs._fields,
+    "order",
+    "delta_softplus",
+    "reverse",
+    "reset_every",
+    "segment",
+    "out_dtype",
+)
+
+_library = torch.library.Library("medmamba", "FRAGMENT")
+_library.define(_FORWARD)
+_library.define(_BACKWARD)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    skip: Tensor | None = None,
+    gate: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    h0: Tensor | None = None,
+    return_last_state: bool = False,
+    out_dtype: torch.dtype | None = None,
+    order: ScanOrder | Tensor | None = None,
+    reset_every: int = 0,
+    segment: int = 0,
+    layout: str = "channels_last",
+) -> Any:
+    """Selective scan of Mamba with everything around it fused; see reference.py for the equations.
+
+    Args:
+        u: input (batch, length, channels); float32, bfloat16, float16, or float64 (the definition runs).
+        delta: step sizes before bias and softplus, like u.
+        A: real decay rates (channels, state), negative in practice.
+        B: input projection (batch, length, groups, state), or without groups.
+        C: output projection, like B.
+        skip: the paper's D (channels,).
+        gate: the paper's z, like u; the output is multiplied by silu(gate).
+        delta_bias: (channels,), added to delta before softplus.
+        h0: initial state (batch, channels, state), differentiable.
+        return_last_state: return (out, h_last); h_last is differentiable.
+        out_dtype: type of the output; u's when omitted.
+        order: a scan order or a table of token indices by position; raster when omitted.
+        reset_every: zero the state every so many positions; overrides the order's own when not 0.
+        segment: length of local-bidirectional segments; 0 is a causal scan.
+        layout: "channels_last", or "channels_first" for (batch, channels, length) and
+            (batch, groups, state, length), which is also the output's layout then.
+
+    Returns:
+        out like u, or (out, h_last) with h_last (batch, channels, state).
+
+    Raises:
+        KernelError: an argument that cannot be used; names it, its shape and what was expected.
+    """
+    if layout == "channels_first":
+        u, delta, gate = (
+            None if rows is None else _tokens_first("u", rows) for rows in (u, delta, gate)
+        )
+        B, C = (projection.movedim(-1, 1) for projection in (B, C))
+    elif layout != "channels_last":
+        raise KernelError(f"layout is {layout!r}; give 'channels_last' or 'channels_first'")
+    if isinstance(order, ScanOrder):
+        reset_every = reset_every or order.reset_every
+    arguments = _canonical(
+        (u, delta, A, B, C, skip, gate, delta_bias, h0),
+        order=order,
+        delta_softplus=delta_softplus,
+        reset_every=reset_every,
+        segment=segment,
+        out_dtype=u.dtype if out_dtype is None else out_dtype,
+    )
+    check_arguments(arguments)
+    values = [getattr(arguments, name) for name in _NAMES]
+    tracked = torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in values[:_DIFFERENTIABLE]
+    )
+    out, h_last, _ = torch.ops.medmamba.selective_scan.default(*values, tracked)
+    if layout == "channels_first":
+        out = out.mT
+    return (out, h_last) if return_last_state else out
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Any:
+    """The public Mamba signature: channels first, D and z by the paper's letters.
+
+    Args:
+        u: (batch, channels, length); delta and z like it.
+        delta: step sizes.
+        A: (channels, state).
+        B: (batch, state, length) or (batch, groups, state, length).
+        C: like B.
+        D: (channels,).
+        z: gate.
+        delta_bias: (channels,).
+
+    Returns:
+        out (batch, channels, length), or (out, last_state (batch, channels, state)).
+    """
+    return selective_scan(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        skip=D,
+        gate=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        return_last_state=return_last_state,
+        layout="channels_first",
+    )
+
+
+def selective_scan_multi(
+    u: Tensor,
+    deltas: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    C: Sequence[Tensor],
+    *,
+    orders: Sequence[ScanOrder | Tensor | None],
+    skip: Sequence[Tensor | None] | None = None,
+    gate: Tensor | None = None,
+    delta_bias: Sequence[Tensor | None] | None = None,
+    delta_softplus: bool = False,
+    segment: int = 0,
+) -> Tensor:
+    """Sum of one scan per direction over the same channels-last input, then the gate once.
+
+    Args:
+        u: (batch, length, channels), shared.
+        deltas: one (batch, length, channels) per direction; A, B, C, skip, delta_bias alike.
+        A: decay rates per direction.
+        B: input projections per direction.
+        C: output projections per direction.
+        orders: one per direction; no input is permuted or copied.
+        gate: (batch, length, channels), applied to the sum.
+
+    Returns:
+        (batch, length, channels) of u's type; the sum itself is float32, in the order given.
+
+    Raises:
+        KernelError: the sequences differ in length, or one scan's arguments cannot be used.
+    """
+    count = len(orders)
+    parts = {"deltas": deltas, "A": A, "B": B, "C": C}
+    parts |= {"skip": skip or [None] * count, "delta_bias": delta_bias or [None] * count}
+    for name, values in parts.items():
+        if len(values) != count or not count:
+            raise KernelError(f"{name} has {len(values)} directions but orders has {count}")
+    dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
+    total: Tensor | None = None
+    for direction, order in enumerate(orders):
+        part = selective_scan(
+            u,
+            deltas[direction],
+            A[direction],
+            B[direction],
+            C[direction],
+            skip=parts["skip"][direction],
+            delta_bias=parts["delta_bias"][direction],
+            delta_softplus=delta_softplus,
+            order=order,
+            segment=segment,
+            out_dtype=dtype,
+        )
+        total = part if total is None else total + part
+    assert total is not None
+    if gate is not None:
+        total = total * functional.silu(gate.to(dtype))
+    return total.to(u.dtype)
+
+
+def _tokens_first(name: str, rows: Tensor) -> Tensor:
+    if rows.dim() != 3:
+        raise KernelError(
+            f"{name} has shape {tuple(rows.shape)}; expected (batch, channels, length)"
+        )
+    return rows.mT
+
+
+def _canonical(
+    tensors: tuple[Tensor | None, ...],
+    *,
+    order: ScanOrder | Tensor | None,
+    delta_softplus: bool,
+    reset_every: int,
+    segment: int,
+    out_dtype: torch.dtype,
+) -> ScanArguments:
+    """Give B and C their group dimension, and parameters and state the compute type."""
+    named = dict(zip(Needs._fields, tensors, strict=True))
+    wide = any(
+        tensor is not None and tensor.dtype is torch.float64
+        for name, tensor in named.items()
+        if name in ("u", "delta", "B", "C", "gate")
+    )
+    dtype = torch.float64 if wide else torch.float32
+    for name in ("A", "skip", "delta_bias", "h0"):
+        value = named[name]
+        if value is not None and value.dtype.is_floating_point:
+            named[name] = value.to(dtype)
+    for name in ("B", "C"):
+        value = named[name]
+        if value is not None and value.dim() == 3:
+            named[name] = value.unsqueeze(2)
+    reverse = False
+    if isinstance(order, ScanOrder):
+        order, reverse = order.index, order.reverse
+    if order is not None and not order.dtype.is_floating_point:
+        order = order.to(torch.int32)
+    return ScanArguments(
+        **named,  # type: ignore[arg-type]
+        order=order,
+        reverse=reverse,
+        delta_softplus=delta_softplus,
+        reset_every=reset_every,
+        segment=segment,
+        out_dtype=out_dtype,
+    )
+
+
+def _forward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = _arguments(values)
+    return choose(arguments).forward(arguments, save_states=values[-1])
+
+
+def _forward_fake(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = _arguments(values)
+    dtype, u = arguments.compute_dtype, arguments.u
+    states = choose(arguments).states_shape(arguments) if values[-1] else (0,)
+    return (
+        empty_rows(u, arguments.out_dtype),
+        u.new_empty((arguments.batch, arguments.channels, arguments.state), dtype=dtype),
+        u.new_empty(states, dtype=dtype),
+    )
+
+
+def _backward(
+    grad_out: Tensor | None, grad_h_last: Tensor | None, states: Tensor, *values: Any
+) -> list[Tensor]:
+    arguments = _arguments(values)
+    needs = _needs(arguments, values[-1])
+    grads = choose(arguments).backward(arguments, states, grad_out, grad_h_last, needs)
+    return [
+        _zeros(arguments, name) if value is None and needed else _present(value, needed, arguments)
+        for name, value, needed in zip(Gradients._fields, grads, needs, strict=True)
+    ]
+
+
+def _backward_fake(
+    grad_out: Tensor | None, grad_h_last: Tensor | None, states: Tensor, *values: Any
+) -> list[Tensor]:
+    arguments = _arguments(values)
+    needs = _needs(arguments, values[-1])
+    return [
+        _gradient_like(arguments, name) if needed else arguments.u.new_empty(0)
+        for name, needed in zip(Gradients._fields, needs, strict=True)
+    ]
+
+
+def _present(value: Tensor | None, needed: bool, arguments: ScanArguments) -> Tensor:
+    return value if value is not None and needed else arguments.u.new_empty(0)
+
+
+def _zeros(arguments: ScanArguments, name: str) -> Tensor:
+    return _gradient_like(arguments, name).zero_()
+
+
+def _gradient_like(arguments: ScanArguments, name: str) -> Tensor:
+    value: Tensor = getattr(arguments, name)
+    if name in ("u", "delta", "gate"):
+        return empty_rows(value, value.dtype)
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def _arguments(values: Sequence[Any]) -> ScanArguments:
+    return ScanArguments(**dict(zip(_NAMES, values, strict=False)))
+
+
+def _needs(arguments: ScanArguments, needs: Sequence[bool]) -> Needs:
+    present = (getattr(arguments, name) is not None for name in Needs._fields)
+    return Needs(*(need and here for need, here in zip(needs, present, strict=True)))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *values, save_states = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*values[: _DIFFERENTIABLE + 1], output[2])
+    ctx.options = tuple(values[_DIFFERENTIABLE + 1 :])
+    ctx.has_states = save_states
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_h_last: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if not ctx.has_states:
+        raise KernelError("the scan ran without saving its states; call selective_scan instead")
+    *tensors, states = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
+    grads = torch.ops.medmamba.selective_scan_bwd.default(
+        grad_out, grad_h_last, states, *tensors, *ctx.options, needs
+    )
+    wanted = (
+        grad if need and tensor is not None else None
+        for grad, need, tensor in zip(grads, needs, tensors, strict=False)
+    )
+    return (*wanted, *[None] * (len(_NAMES) + 1 - _DIFFERENTIABLE))
+
+
+def _refuse_second_order(ctx: Any, *grads: Any) -> Any:
+    raise KernelError(
+        "the scan has no second-order gradient; do not differentiate through its gradient "
+        "(create_graph=True), or detach it first"
+    )
+
+
+_library.impl("selective_scan", _forward, "CompositeExplicitAutograd")
+_library.impl("selective_scan_bwd", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("medmamba::selective_scan", _forward_fake, lib=_library)
+torch.library.register_fake("medmamba::selective_scan_bwd", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "medmamba::selective_scan", _differentiate, setup_context=_save, lib=_library
+)
+torch.library.register_autograd("medmamba::selective_scan_bwd", _refuse_second_order, lib=_library)

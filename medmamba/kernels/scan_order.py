@@ -1,0 +1,172 @@
+"""Scan orders: in which sequence the tokens of a (D, H, W) or (H, W) grid are visited.
+
+An order is a table from scan position to token index in raster order, read by the kernels: nothing is permuted
+or copied. A registry entry gives the list of orders of one mixer, one per direction.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from medmamba.errors import KernelError
+
+Shape = tuple[int, ...]
+WINDOW = 8  # voxels; side of a local window
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScanOrder:
+    """One walk over the tokens.
+
+    Args:
+        index: int32 table (length,), token visited at each position; None is raster order.
+        reverse: walk from the last position to the first.
+        reset_every: the state is zeroed every so many positions; 0 never.
+    """
+
+    index: Tensor | None = None
+    reverse: bool = False
+    reset_every: int = 0
+
+    def reversed(self) -> ScanOrder:
+        """The same walk backwards."""
+        return replace(self, reverse=not self.reverse)
+
+    def to(self, device: torch.device | str) -> ScanOrder:
+        """The same walk with its table on another device."""
+        return self if self.index is None else replace(self, index=self.index.to(device))
+
+    def tokens(self, length: int) -> Tensor:
+        """Token of each position as int64, with the direction applied."""
+        index = torch.arange(length) if self.index is None else self.index.long()
+        return index.flip(0) if self.reverse else index
+
+
+def scan_orders(
+    name: str, shape: Shape, device: torch.device | str = "cpu"
+) -> tuple[ScanOrder, ...]:
+    """The orders of one registered name for a grid, cached.
+
+    Args:
+        name: a key of `SCAN_ORDERS`.
+        shape: tokens per axis, (H, W) or (D, H, W).
+
+    Raises:
+        KernelError: the name is not registered, or the grid has the wrong number of axes.
+    """
+    if name not in SCAN_ORDERS:
+        raise KernelError(f"scan order {name!r} is unknown; give one of {', '.join(SCAN_ORDERS)}")
+    return _cached(name, tuple(int(size) for size in shape), str(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _cached(name: str, shape: Shape, device: str) -> tuple[ScanOrder, ...]:
+    return tuple(order.to(device) for order in SCAN_ORDERS[name](shape))
+
+
+def raster(shape: Shape) -> tuple[ScanOrder, ...]:
+    """Last axis fastest."""
+    del shape
+    return (ScanOrder(),)
+
+
+def reverse(shape: Shape) -> tuple[ScanOrder, ...]:
+    """Raster backwards."""
+    del shape
+    return (ScanOrder(reverse=True),)
+
+
+def bidirectional(shape: Shape) -> tuple[ScanOrder, ...]:
+    """Raster and its reverse (Vim, arXiv 2401.09417)."""
+    return raster(shape) + reverse(shape)
+
+
+def cross(shape: Shape) -> tuple[ScanOrder, ...]:
+    """Rasters of every cyclic rotation of the axes, then their reverses (VMamba, arXiv 2401.10166).
+
+    Two axes give 4 directions (rows, columns, and both backwards), three give 6.
+    """
+    forward = tuple(_axis_raster(shape, rotation) for rotation in range(len(shape)))
+    return forward + tuple(order.reversed() for order in forward)
+
+
+def tri(shape: Shape) -> tuple[ScanOrder, ...]:
+    """Forward, reverse and inter-slice: the raster of the (H, W, D) map (SegMamba, arXiv 2401.13560)."""
+    return (*bidirectional(shape), _axis_raster(shape, 1))
+
+
+def snake(shape: Shape) -> tuple[ScanOrder, ...]:
+    """Raster in which every other row and every other plane runs backwards; all steps have length 1.
+
+    PlainMamba (arXiv 2403.17695), in any number of axes.
+    """
+    index = torch.arange(shape[-1])
+    stride = shape[-1]
+    for size in reversed(shape[:-1]):
+        flips = torch.arange(size) % 2 == 1
+        blocks = torch.where(flips[:, None], index.flip(0), index)
+        index = (blocks + stride * torch.arange(size)[:, None]).reshape(-1)
+        stride *= size
+    return (_order(index),)
+
+
+def local_window(shape: Shape, window: int = WINDOW) -> tuple[ScanOrder, ...]:
+    """Cubic windows in raster order, raster inside; windows at the far edges may be partial.
+
+    LocalMamba (arXiv 2403.09338). When windows divide the grid, `local_window_reset` keeps them apart.
+    """
+    position = _coordinates(shape)
+    key = torch.zeros(math.prod(shape), dtype=torch.int64)
+    for axis, size in enumerate(shape):
+        key = key * -(-size // window) + position[axis] // window
+    for axis in range(len(shape)):
+        key = key * window + position[axis] % window
+    return (_order(torch.argsort(key)),)
+
+
+def local_window_reset(shape: Shape, window: int = WINDOW) -> tuple[ScanOrder, ...]:
+    """Windows as independent sequences.
+
+    Raises:
+        KernelError: the windows do not divide the grid.
+    """
+    if any(size % window for size in shape):
+        raise KernelError(f"windows of {window} do not divide the grid {shape}; use 'local-window'")
+    return tuple(
+        replace(order, reset_every=window ** len(shape)) for order in local_window(shape, window)
+    )
+
+
+def _axis_raster(shape: Shape, rotation: int) -> ScanOrder:
+    """Raster of the map whose axes are rotated left, e.g. (D, H, W) -> (H, W, D) for 1."""
+    if rotation == 0:
+        return ScanOrder()
+    axes = [(axis + rotation) % len(shape) for axis in range(len(shape))]
+    return _order(torch.arange(math.prod(shape)).reshape(shape).permute(axes).reshape(-1))
+
+
+def _coordinates(shape: Shape) -> list[Tensor]:
+    axes = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
+    return [axis.reshape(-1) for axis in axes]
+
+
+def _order(index: Tensor) -> ScanOrder:
+    return ScanOrder(index=index.to(torch.int32))
+
+
+SCAN_ORDERS: dict[str, Callable[[Shape], tuple[ScanOrder, ...]]] = {
+    "raster": raster,
+    "reverse": reverse,
+    "bidirectional": bidirectional,
+    "cross": cross,
+    "tri": tri,
+    "snake": snake,
+    "local-window": local_window,
+    "local-window-reset": local_window_reset,
+}
