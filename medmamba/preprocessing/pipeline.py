@@ -1,0 +1,171 @@
+"""From a raw case to the array a network sees: transpose, crop, normalise, resample.
+
+Each step leaves what is needed to undo it in an `UndoRecord`; undoing is in
+``medmamba.preprocessing.restore``. Whole datasets are preprocessed by
+``medmamba.preprocessing.batch``.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmamba.errors import GeometryError
+from medmamba.files import RECORD_CONFIG
+from medmamba.labels import LabelMap
+from medmamba.preprocessing.crop import OUTSIDE, box_slices, mark_outside, nonzero_region
+from medmamba.preprocessing.locations import ClassLocations, sample_locations
+from medmamba.preprocessing.normalize import normalize
+from medmamba.preprocessing.recipe import PreprocessingRecipe
+from medmamba.preprocessing.resample import (
+    resample_image,
+    resample_labels,
+    resampled_shape,
+    separate_axis,
+)
+from medmamba.volume import Geometry, Grid, Volume
+
+T = TypeVar("T")
+Shape3 = tuple[int, int, int]
+Spacing3 = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndoRecord:
+    """What preprocessing did to a case, enough to bring a prediction back to its grid.
+
+    All but ``geometry`` is in working (transposed) axis order.
+
+    Args:
+        geometry: the grid of the raw image, in (D, H, W).
+        transpose_forward: working axis -> axis of the raw image.
+        spacing_mm: spacing of the raw image.
+        shape: voxels before cropping.
+        crop_box: half-open box of the non-zero region.
+        shape_after_crop: voxels of that box.
+        working_spacing_mm: spacing after resampling.
+        working_shape: voxels after resampling.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    geometry: Geometry
+    transpose_forward: tuple[int, int, int]
+    spacing_mm: Spacing3
+    shape: Shape3
+    crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    shape_after_crop: Shape3
+    working_spacing_mm: Spacing3
+    working_shape: Shape3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreprocessedCase:
+    """A case on the working grid.
+
+    Args:
+        data: (C, d, h, w) float32.
+        labels: (1, d, h, w), -1 outside the non-zero region; None without a label image.
+        class_locations: class key -> (n, 3) voxels of the class; empty without labels.
+    """
+
+    data: NDArray[np.float32]
+    labels: NDArray[np.int16] | None
+    record: UndoRecord
+    class_locations: ClassLocations
+
+
+def preprocess_case(
+    image: Volume,
+    labels: Volume | None,
+    *,
+    grid: Grid,
+    recipe: PreprocessingRecipe,
+    label_map: LabelMap,
+) -> PreprocessedCase:
+    """Bring one case to the working grid.
+
+    The scheme is nnU-Net's, step by step (Isensee et al. 2021, supplementary note 2).
+
+    Args:
+        image: (C, D, H, W); not changed.
+        labels: (1, D, H, W) on the same grid, or None when predicting.
+
+    Raises:
+        GeometryError: image and labels differ in shape, or the case would vanish at the
+            working spacing.
+        InputError: the channels do not fit the recipe.
+    """
+    if labels is not None and labels.geometry.shape != image.geometry.shape:
+        raise GeometryError(
+            f"labels: shape {labels.geometry.shape}, but the image has {image.geometry.shape}. "
+            "Resample the label map or remove the case."
+        )
+    axes = recipe.transpose_forward
+    order = (0, *(axis + 1 for axis in axes))
+    raw = image.array.transpose(order)
+    box, mask = nonzero_region(raw)
+    inside = box_slices(box)
+    # A copy in working order: normalisation works in place.
+    data = np.array(raw[(slice(None), *inside)], dtype=np.float32, order="C")
+    segmentation = _labels_in_box(labels, order, inside, mask)
+    normalize(data, segmentation >= 0, recipe.channels)
+    record = _record(image.geometry, axes, box, grid)
+    axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.data.separate_z)
+    data = resample_image(data, record.working_shape, recipe.data, axis)
+    if labels is None:
+        return PreprocessedCase(data=data, labels=None, record=record, class_locations={})
+    axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.labels.separate_z)
+    segmentation = resample_labels(segmentation, record.working_shape, recipe.labels, axis)
+    return PreprocessedCase(
+        data=data,
+        labels=segmentation[None],
+        record=record,
+        class_locations=sample_locations(segmentation, label_map),
+    )
+
+
+def _labels_in_box(
+    labels: Volume | None,
+    order: tuple[int, ...],
+    inside: tuple[slice, ...],
+    mask: NDArray[np.bool_],
+) -> NDArray[np.int16]:
+    if labels is None:
+        return np.where(mask, np.int16(0), np.int16(OUTSIDE))
+    turned = labels.array.transpose(order)[0]
+    segmentation = np.array(turned[inside], dtype=np.int16, order="C")
+    mark_outside(segmentation, mask)
+    return segmentation
+
+
+def _record(
+    geometry: Geometry, axes: tuple[int, int, int], box: tuple[tuple[int, int], ...], grid: Grid
+) -> UndoRecord:
+    spacing = _three(tuple(geometry.spacing_mm[axis] for axis in axes))
+    # A 2D configuration keeps the distance and number of slices.
+    working = grid.spacing_mm if grid.dimension == 3 else (spacing[0], *grid.spacing_mm)
+    cropped = _three(tuple(stop - start for start, stop in box))
+    shape = resampled_shape(cropped, spacing, working)
+    if min(shape) < 1:
+        raise GeometryError(
+            f"case: {cropped} voxels at {spacing} mm become {shape} at {working} mm. "
+            "The spacing in the file is probably wrong; correct it.",
+            code="E_GEOM_SPACING",
+        )
+    return UndoRecord(
+        geometry=geometry,
+        transpose_forward=axes,
+        spacing_mm=spacing,
+        shape=_three(tuple(geometry.shape[axis] for axis in axes)),
+        crop_box=_three(box),
+        shape_after_crop=cropped,
+        working_spacing_mm=_three(working),
+        working_shape=_three(shape),
+    )
+
+
+def _three(values: tuple[T, ...]) -> tuple[T, T, T]:
+    first, second, third = values
+    return first, second, third
