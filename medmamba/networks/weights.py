@@ -1,0 +1,113 @@
+"""The door to safetensors, and loading of weights that must fit exactly."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors  # noqa: TID251
+from safetensors.torch import save_file  # noqa: TID251
+from torch import Tensor, nn
+
+from medmamba.errors import BundleError
+from medmamba.files import replace_atomic
+
+METADATA_KEY = "medmamba"
+"""All metadata is one JSON string: safetensors writes several entries in random order."""
+
+NAMES_SHOWN = 5
+"""Tensors named per kind of mismatch; the rest are counted."""
+
+
+def save_weights(
+    path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically; equal tensors and metadata give equal bytes.
+
+    Tensors that share memory are written one by one.
+
+    Raises:
+        EnvironmentFault: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+    text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)
+    replace_atomic(path, lambda temporary: save_file(tensors, temporary, {METADATA_KEY: text}))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file to the CPU.
+
+    Raises:
+        BundleError: the file is missing, truncated or no safetensors file.
+    """
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """Read what ``save_weights`` was given as metadata, without reading tensors.
+
+    Raises:
+        BundleError: the file is missing, truncated or no safetensors file.
+    """
+    with _open(path) as file:
+        stored = file.metadata() or {}
+    values = json.loads(stored.get(METADATA_KEY, "{}"))
+    return {str(key): str(value) for key, value in values.items()}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, what: str = "weights") -> None:
+    """Copy ``state`` into ``module``, which must have exactly its names and shapes.
+
+    Args:
+        module: the network to fill.
+        state: one tensor per parameter and buffer.
+        what: how the message names the source of ``state``.
+
+    Raises:
+        BundleError: naming missing, unexpected and misshapen tensors.
+    """
+    own = module.state_dict()
+    problems = [
+        _list_names("missing", [name for name in own if name not in state]),
+        _list_names("unexpected", [name for name in state if name not in own]),
+        _list_names(
+            "of another shape",
+            [
+                f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+                for name, tensor in own.items()
+                if name in state and state[name].shape != tensor.shape
+            ],
+        ),
+    ]
+    found = [problem for problem in problems if problem]
+    if found:
+        raise BundleError(
+            f"{what}: tensors do not fit the network: {'; '.join(found)}. "
+            "Use the plan that these weights were trained with.",
+            code="E_MODEL_WEIGHTS",
+        )
+    module.load_state_dict(dict(state))
+
+
+def _list_names(kind: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{len(names)} {kind} ({', '.join(names[:NAMES_SHOWN])}{more})"
+
+
+def _open(path: Path) -> "safetensors.safe_open":
+    try:
+        return safetensors.safe_open(str(path), framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise BundleError(f"weights {path} do not exist.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise BundleError(
+            f"weights {path} cannot be read ({error}). Copy the file again, or train again.",
+            code="E_MODEL_WEIGHTS",
+        ) from error
