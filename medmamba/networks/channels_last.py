@@ -1,0 +1,59 @@
+"""Layers over channels-last maps (B, *spatial, C), 2D and 3D, fast on CPU.
+
+A token-wise network needs no other layout; torch's own kernels for depthwise convolution and
+group norm are many times slower on few channels than the forms here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+GROUP_NORM_EPS = 1e-5
+
+
+class GroupNormReLU(nn.Module):
+    """Group normalisation of a channels-last map, then ReLU."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the same shape."""
+        y = functional.group_norm(
+            x.movedim(-1, 1), self.groups, self.weight, self.bias, GROUP_NORM_EPS
+        )
+        return functional.relu(y).movedim(1, -1)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
+    """Convolve each channel with its own kernel, zero padding (kernel - 1) // 2.
+
+    Args:
+        x: (B, *spatial, C).
+        weight: (C, 1, *kernel).
+        stride: the same on every axis.
+    """
+    convolve = functional.conv2d if x.dim() == 4 else functional.conv3d
+    padding = tuple((size - 1) // 2 for size in weight.shape[2:])
+    y = convolve(x.movedim(-1, 1), weight, stride=stride, padding=padding, groups=weight.shape[0])
+    return y.movedim(1, -1)
+
+
+def max_pool(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Maximum over windows of one stride per axis."""
+    pool = functional.max_pool2d if x.dim() == 4 else functional.max_pool3d
+    return pool(x.movedim(-1, 1), tuple(stride)).movedim(1, -1)
+
+
+def upsample_linear(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Enlarge by whole factors with linear interpolation, corners not aligned."""
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    size = [length * factor for length, factor in zip(x.shape[1:-1], stride, strict=True)]
+    return functional.interpolate(
+        x.movedim(-1, 1), size=size, mode=mode, align_corners=False
+    ).movedim(1, -1)

@@ -1,0 +1,201 @@
+"""State-space modules of the networks: the Mamba block, and the scan over several directions.
+
+Owns parameters, their official names and their initialisation, and the order of operations
+around the scan. The scan is ``medmamba.kernels``; which layer stands where is the networks'.
+
+Shapes: B batch, L tokens (D·H·W in raster order), C model width, E = expand·C inner width,
+N state size, R rank of the step size, K scan directions, G groups.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medmamba.kernels import selective_scan
+from medmamba.networks.causal_conv import causal_conv_silu
+from medmamba.networks.directions import (
+    SIAMESE,
+    count_directions,
+    directions,
+    require_merge,
+    walk,
+    walk_back,
+)
+
+DEFAULT_STATE = 16
+DEFAULT_CONV = 4
+DEFAULT_EXPAND = 2
+RANK_DIVISOR = 16
+"""R = ceil(C / 16): Mamba's "auto" rank."""
+
+STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
+"""Range of the initial step sizes and the clamp below (Gu and Dao 2023, section 3.6; code)."""
+
+
+class MambaWeights(NamedTuple):
+    """The tensors of one Mamba block; names and shapes as in the official state dict."""
+
+    in_proj: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj: Tensor
+
+
+def mamba_block(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> Tensor:
+    """Evaluate one Mamba block over tokens in sequence order.
+
+    Gu and Dao 2023, figure 3 and algorithm 2, as ``mamba_ssm.Mamba`` composes it. Projections
+    run in the autocast type where autocast is on; A, D and the step bias enter the scan as they
+    are stored, and the scan keeps its state in float32 (float64 for float64 input).
+
+    Args:
+        tokens: (B, L, C).
+        weights: the block's tensors.
+        segment: length of the segments of the local bidirectional scan; 0 scans forward only.
+
+    Returns:
+        (B, L, C).
+    """
+    rank, state = weights.dt_proj.shape[1], weights.A_log.shape[1]
+    x, gate = functional.linear(tokens, weights.in_proj).chunk(2, dim=-1)
+    x = causal_conv_silu(x, weights.conv_weight, weights.conv_bias)
+    step, B, C = functional.linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
+    y = selective_scan(
+        x,
+        functional.linear(step, weights.dt_proj),
+        -torch.exp(weights.A_log),
+        B,
+        C,
+        skip=weights.D,
+        gate=gate,
+        delta_bias=weights.dt_bias,
+        delta_softplus=True,
+        segment=segment,
+    )
+    return functional.linear(y, weights.out_proj)
+
+
+class ScanBranch(nn.Module):
+    """What one scan direction of a Mamba block owns: convolution, projections, A, D, step bias."""
+
+    def __init__(self, inner: int, rank: int, *, d_state: int, d_conv: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(initial_log_decay(inner, d_state))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        initialize_step_(self.dt_proj.weight, self.dt_proj.bias)
+
+
+class Mamba(ScanBranch):
+    """Mamba block (Gu and Dao 2023) over the tokens of a map, along one or several scan orders.
+
+    With the order "raster" it is ``mamba_ssm.Mamba``, names included. Further directions, as in
+    Vim (Zhu et al. 2024), have their own convolution and scan tensors (``directions.{k}``) and
+    share both outer projections; their outputs are summed or averaged. "siamese-flip" (nnMamba,
+    Gong et al. 2024) always averages its four views.
+
+    Args:
+        d_model: C, channels of a token.
+        dimension: of the map whose tokens are mixed.
+        d_state: N, size of the state per inner channel.
+        d_conv: taps of the causal convolution.
+        expand: E / C.
+        order: name of a scan order.
+        merge: "sum" or "mean" over directions.
+        reverse: let a local bidirectional scan run backwards, as every second layer does.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dimension: int = 3,
+        *,
+        d_state: int = DEFAULT_STATE,
+        d_conv: int = DEFAULT_CONV,
+        expand: int = DEFAULT_EXPAND,
+        order: str = "raster",
+        merge: str = "sum",
+        reverse: bool = False,
+    ) -> None:
+        inner, rank = expand * d_model, step_rank(d_model)
+        super().__init__(inner, rank, d_state=d_state, d_conv=d_conv)
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.order, self.reverse = order, reverse
+        self.averages = require_merge(merge, ("sum", "mean")) == "mean" or order == SIAMESE
+        further = count_directions(order, dimension) - 1
+        if further:
+            self.directions = nn.ModuleList(
+                ScanBranch(inner, rank, d_state=d_state, d_conv=d_conv) for _ in range(further)
+            )
+
+    def forward(self, tokens: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Return (B, L, C) for tokens (B, L, C) in raster order of a map of ``shape``.
+
+        The shape may be left out where the order needs none (raster, and both ways along it).
+        """
+        if self.order == "raster":
+            return mamba_block(tokens, self.weights(self))
+        ways = directions(
+            self.order, shape or tokens.shape[1:2], tokens.device, reverse=self.reverse
+        )
+        branches: list[ScanBranch] = [self, *getattr(self, "directions", ())]
+        total: Tensor | None = None
+        for number, way in enumerate(ways):
+            weights = self.weights(branches[number % len(branches)])
+            mixed = mamba_block(walk(tokens, way), weights, segment=way.segment)
+            part = walk_back(mixed, way, tokens.shape[0])
+            total = part if total is None else total + part
+        assert total is not None
+        return total / len(ways) if self.averages else total
+
+    def weights(self, branch: ScanBranch) -> MambaWeights:
+        """Return the tensors with which ``branch`` evaluates one Mamba block."""
+        assert branch.conv1d.bias is not None
+        return MambaWeights(
+            in_proj=self.in_proj.weight,
+            conv_weight=branch.conv1d.weight,
+            conv_bias=branch.conv1d.bias,
+            x_proj=branch.x_proj.weight,
+            dt_proj=branch.dt_proj.weight,
+            dt_bias=branch.dt_proj.bias,
+            A_log=branch.A_log,
+            D=branch.D,
+            out_proj=self.out_proj.weight,
+        )
+
+
+def step_rank(d_model: int) -> int:
+    """Return R for a model width C."""
+    return math.ceil(d_model / RANK_DIVISOR)
+
+
+def initial_log_decay(channels: int, state: int) -> Tensor:
+    """Return log(1..N) in every row: S4D-real, the decay A = -n (Gu and Dao 2023, section 3.6)."""
+    return torch.log(torch.arange(1, state + 1, dtype=torch.float32)).repeat(channels, 1)
+
+
+@torch.no_grad()
+def initialize_step_(weight: Tensor, bias: Tensor) -> None:
+    """Fill a step projection so that steps start log-uniform in [STEP_MIN, STEP_MAX].
+
+    Args:
+        weight: (..., E, R).
+        bias: (..., E); receives the inverse softplus of the steps drawn.
+    """
+    bound = weight.shape[-1] ** -0.5
+    weight.uniform_(-bound, bound)
+    low, high = math.log(STEP_MIN), math.log(STEP_MAX)
+    step = torch.exp(torch.rand_like(bias) * (high - low) + low).clamp(min=STEP_FLOOR)
+    bias.copy_(step + torch.log(-torch.expm1(-step)))
