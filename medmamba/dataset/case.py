@@ -1,11 +1,12 @@
-"""A case and a dataset as values, and how the voxels of a case are read and held against each other."""
+"""A case and a dataset as values; reading a case and holding its files against each other."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medmamba.dataset.splits import Split
 from medmamba.errors import InputError
 from medmamba.io import (
     DEFAULT_GATE,
@@ -55,6 +56,7 @@ class Dataset:
         test_cases: sorted by id, from imagesTs.
         layout: ``nnunet`` or ``decathlon``.
         stray_files: files of the dataset's ending that belong to no case.
+        splits: folds of a splits_final.json in the folder; empty when there is none.
     """
 
     folder: Path
@@ -66,7 +68,8 @@ class Dataset:
     training_cases: tuple[Case, ...]
     test_cases: tuple[Case, ...] = ()
     layout: str = "nnunet"
-    stray_files: tuple[Path, ...] = field(default=())
+    stray_files: tuple[Path, ...] = ()
+    splits: tuple[Split, ...] = ()
 
     @property
     def channels_in_one_file(self) -> bool:

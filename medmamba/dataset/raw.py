@@ -1,16 +1,18 @@
 """Open a raw dataset folder in nnU-Net v2's layout; Decathlon folders go to ``decathlon``.
 
-Only what makes reading impossible is an error here; everything else is ``verification``'s to report.
+Only what makes reading impossible is an error here; ``verification`` reports everything else.
 """
 
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medmamba.dataset.case import Case, Dataset
 from medmamba.dataset.decathlon import is_decathlon, open_decathlon
+from medmamba.dataset.splits import SPLITS_FILE, read_splits
 from medmamba.errors import DatasetError
 from medmamba.files import read_json
 from medmamba.io import FORMATS
@@ -47,7 +49,8 @@ def open_dataset(folder: Path | str) -> Dataset:
             f"{folder}: has no training case (no file in imagesTr ends in "
             f"'_0000{dataset.file_ending}'). Check imagesTr and 'file_ending' in dataset.json."
         )
-    return dataset
+    splits = folder / SPLITS_FILE
+    return replace(dataset, splits=read_splits(splits)) if splits.is_file() else dataset
 
 
 def _open_nnunet(folder: Path, description: dict[str, Any]) -> Dataset:

@@ -1,7 +1,9 @@
 """Which cases train and which validate: nnU-Net's five folds, or those of a splits_final.json."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,21 @@ class Split:
 def make_splits(case_ids: Sequence[str]) -> tuple[Split, ...]:
     """Divide cases into five folds as nnU-Net does (shuffled once, consecutive parts validate).
 
+    Fewer than five cases, where nnU-Net gives up, make as many folds as there are cases.
+
     Raises:
-        DatasetError: fewer than five cases, or an id that occurs twice.
+        DatasetError: a single case, or an id that occurs twice.
     """
     ids = _unique_sorted(case_ids)
-    if len(ids) < FOLDS:
+    if len(ids) < 2:
         raise DatasetError(
-            f"{len(ids)} training cases cannot be divided into {FOLDS} folds. "
+            f"{len(ids)} training case cannot be divided into folds. "
             "Train with fold 'all', or add cases."
         )
     order = np.arange(len(ids))
-    np.random.RandomState(SEED).shuffle(order)  # noqa: NPY002 the legacy stream is the definition
+    np.random.RandomState(SEED).shuffle(order)
     splits = []
-    for part in np.array_split(order, FOLDS):
+    for part in np.array_split(order, min(FOLDS, len(ids))):
         held_out = {int(index) for index in part}
         splits.append(
             Split(
@@ -86,7 +90,7 @@ def split_for_fold(splits: Sequence[Split], fold: int | str, case_ids: Sequence[
 
 
 def _random_split(ids: list[str], number: int) -> Split:
-    random = np.random.RandomState(SEED + number)  # noqa: NPY002 the legacy stream is the definition
+    random = np.random.RandomState(SEED + number)
     count = int(len(ids) * RANDOM_TRAINING_SHARE)
     chosen = {int(index) for index in random.choice(len(ids), count, replace=False)}
     return Split(
@@ -109,8 +113,6 @@ def read_splits(path: Path) -> tuple[Split, ...]:
 
 def write_splits(path: Path, splits: Sequence[Split]) -> None:
     """Write splits in nnU-Net's form."""
-    import json
-
     value = [{"train": list(split.train), "val": list(split.validation)} for split in splits]
     write_atomic(path, json.dumps(value, indent=4) + "\n")
 
@@ -131,9 +133,7 @@ def _as_split(path: Path, number: int, entry: Any) -> Split:
 
 def _unique_sorted(case_ids: Sequence[str]) -> list[str]:
     ids = sorted(case_ids)
-    twice = sorted(
-        {name for name, following in zip(ids, ids[1:], strict=False) if name == following}
-    )
+    twice = sorted({name for name, following in pairwise(ids) if name == following})
     if twice:
         raise DatasetError(f"case {twice[0]} occurs twice. Case ids must be unique.")
     return ids

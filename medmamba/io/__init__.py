@@ -34,6 +34,7 @@ __all__ = [
     "ItkFields",
     "SourceHeader",
     "check_file",
+    "judge_image",
     "read_geometry",
     "read_header",
     "read_image",

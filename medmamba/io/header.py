@@ -1,5 +1,6 @@
-"""What a reader remembers of a file besides its voxels: enough to write labels onto the same grid,
-what was noticed on the way in, and the limits the gate applies. No third-party readers here.
+"""What a reader remembers of a file besides its voxels, and the limits of the input gate.
+
+Enough to write labels onto the same grid, and what was noticed on the way in. No readers here.
 """
 
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Gate:
 
 DEFAULT_GATE = Gate()
 TRAINING_GATE = Gate(assume_identity=True)
-"""Training compares voxels by index, so a file without a coded position is usable, with a warning."""
+"""Training compares voxels by index: a file without a coded position is usable, with a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def _read_values(reader: PayloadReader, header: NiftiHeader, name: str) -> NDArr
             "Crop the image or use a larger machine.",
             code="E_LIMIT_RAM",
         ) from problem
-    filled = reader.read_into(memoryview(buffer))
+    filled = reader.read_into(buffer.data)
     if filled < header.data_bytes:
         raise _truncated(name, filled, header)
     values = buffer.view(header.dtype)
@@ -174,19 +174,19 @@ def write(
     *,
     label_text: str | None = None,
 ) -> None:
-    """Write labels (D, H, W) of the final type with the source's own transforms, codes and units."""
+    """Write labels (D, H, W) of the final type with the source's transforms, codes and units."""
     header = _output_header(source, labels)
     parts: list[bytes | memoryview] = [_extension(label_text)]
     header["vox_offset"] = header.sizeof_hdr + len(parts[0])
     parts.insert(0, header.binaryblock)
     little = labels.astype(labels.dtype.newbyteorder("<"), copy=False)
-    parts.append(memoryview(np.ascontiguousarray(little)).cast("B"))
+    parts.append(np.ascontiguousarray(little).data.cast("B"))
     compressed = path.name.lower().endswith(".gz")
     write_atomic(path, compress_gzip(parts) if compressed else b"".join(parts))
 
 
 def _output_header(source: SourceHeader, labels: NDArray[np.integer[Any]]) -> Any:
-    """A fresh header: only grid fields of the source are copied, never text that may name people."""
+    """A fresh header: only grid fields are copied, never text that may name people."""
     block = bytes.fromhex(source.nifti_header)
     is_second = len(block) == NIFTI2_BYTES
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header

@@ -1,7 +1,7 @@
 """Which of a NIfTI header's transforms says where the voxels are, and whether it can be believed.
 
-The choice is between sform and qform (nifti1.h, methods 2 and 3); the result is a Geometry with axes
-(D, H, W) whose spacing equals the header's to the last bit where the two agree.
+The choice is between sform and qform (nifti1.h, methods 2 and 3); the result is a Geometry with
+axes (D, H, W) whose spacing equals the header's to the last bit where the two agree.
 """
 
 import itertools

@@ -1,6 +1,7 @@
-"""The NIfTI-1 and NIfTI-2 header, parsed and judged without trusting it: sizes, types, offsets and
-scaling (nifti1.h and nifti2.h of the NIfTI standard). Where the voxels lie in space is judged in
-``nifti_geometry``; nothing here opens files or allocates voxels.
+"""The NIfTI-1 and NIfTI-2 header, parsed and judged without trusting it.
+
+Sizes, types, offsets and scaling (nifti1.h and nifti2.h of the standard). ``nifti_geometry`` judges
+where the voxels lie in space; nothing here opens files or allocates voxels.
 """
 
 import math

@@ -1,5 +1,7 @@
-"""The bytes of a file, trusted or refused: regular files only, whole gzip streams with correct
-checksums, and never more decoded bytes than the header calls for. Knows nothing of what they mean.
+"""The bytes of a file, trusted or refused; knows nothing of what they mean.
+
+Regular files only, whole gzip streams with correct checksums, and never more decoded bytes than the
+header calls for.
 """
 
 import os
