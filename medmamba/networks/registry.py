@@ -4,12 +4,28 @@ from torch import nn
 
 from medmamba.errors import PlanError
 from medmamba.networks.definition import NetworkDefinition, require
+from medmamba.networks.lightm_unet import (
+    LIGHTM_UNET,
+    LIGHTM_UNET_M,
+    LIGHTM_UNET_PLAN,
+    LIGHTM_UNET_S,
+)
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.umamba import UMAMBA_BOT, UMAMBA_ENC
+from medmamba.networks.umamba_v1 import UMAMBA_BOT_V1, UMAMBA_ENC_V1
 from medmamba.networks.unet import PLAIN_UNET, RESENC_UNET
 
 NETWORKS: dict[str, NetworkDefinition] = {
+    "lightm_unet": LIGHTM_UNET,
+    "lightm_unet_m": LIGHTM_UNET_M,
+    "lightm_unet_plan": LIGHTM_UNET_PLAN,
+    "lightm_unet_s": LIGHTM_UNET_S,
     "plain_unet": PLAIN_UNET,
     "resenc_unet": RESENC_UNET,
+    "umamba_bot": UMAMBA_BOT,
+    "umamba_bot_v1": UMAMBA_BOT_V1,
+    "umamba_enc": UMAMBA_ENC,
+    "umamba_enc_v1": UMAMBA_ENC_V1,
 }
 
 
