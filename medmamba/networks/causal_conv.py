@@ -77,7 +77,7 @@ class _ChunkedConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
         taps, offset = _parameters(weight, bias, torch.promote_types(x.dtype, torch.float32))
         count = taps.shape[0]

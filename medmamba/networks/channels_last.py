@@ -30,17 +30,21 @@ class GroupNormReLU(nn.Module):
         return functional.relu(y).movedim(1, -1)
 
 
-def depthwise_conv(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1
+) -> Tensor:
     """Convolve each channel with its own kernel, zero padding (kernel - 1) // 2.
 
     Args:
         x: (B, *spatial, C).
         weight: (C, 1, *kernel).
+        bias: (C,).
         stride: the same on every axis.
     """
     convolve = functional.conv2d if x.dim() == 4 else functional.conv3d
     padding = tuple((size - 1) // 2 for size in weight.shape[2:])
-    y = convolve(x.movedim(-1, 1), weight, stride=stride, padding=padding, groups=weight.shape[0])
+    maps, groups = x.movedim(-1, 1), weight.shape[0]
+    y: Tensor = convolve(maps, weight, bias, stride=stride, padding=padding, groups=groups)
     return y.movedim(1, -1)
 
 

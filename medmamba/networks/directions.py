@@ -52,6 +52,11 @@ def count_directions(order: str, dimension: int) -> int:
     return len(scan_orders(order, (WINDOW,) * dimension))
 
 
+def views(order: str, dimension: int) -> int:
+    """Return how many outputs a layer with this order merges."""
+    return 4 if order == SIAMESE else count_directions(order, dimension)
+
+
 def directions(
     order: str, shape: Sequence[int], device: torch.device, *, reverse: bool = False
 ) -> tuple[Direction, ...]:

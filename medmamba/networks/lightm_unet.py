@@ -7,7 +7,7 @@ from the paper (plain Mamba without an inner norm; group norms around each layer
 the plan. Maps are channels-last inside, (B, *spatial, C), so that tokens are a view.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import cast
@@ -45,6 +45,9 @@ OPTIONS: Mapping[str, OptionValue] = {
 }
 
 
+ConvMaker = Callable[..., nn.Conv2d | nn.Conv3d]
+
+
 class Conv(nn.Module):
     """A pointwise convolution, or a depthwise one where there is a kernel, named ``conv``."""
 
@@ -59,7 +62,7 @@ class Conv(nn.Module):
         stride: int = 1,
     ) -> None:
         super().__init__()
-        make = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
+        make: ConvMaker = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
         self.is_pointwise = groups == 1 and max(kernel) == 1
         self.stride = stride
         self.conv = make(in_channels, out_channels, tuple(kernel), groups=groups, bias=bias)

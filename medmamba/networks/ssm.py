@@ -7,9 +7,10 @@ Shapes: B batch, L tokens (D·H·W in raster order), C model width, E = expand·
 N state size, R rank of the step size, K scan directions, G groups.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,14 @@ from torch.nn import functional
 
 from medmamba.kernels import selective_scan
 from medmamba.networks.causal_conv import causal_conv_silu
+from medmamba.networks.channels_last import depthwise_conv
 from medmamba.networks.directions import (
     SIAMESE,
+    Direction,
     count_directions,
     directions,
     require_merge,
+    views,
     walk,
     walk_back,
 )
@@ -174,6 +178,126 @@ class Mamba(ScanBranch):
             D=branch.D,
             out_proj=self.out_proj.weight,
         )
+
+
+class DirectionalScan(nn.Module):
+    """SS2D of VMamba (Liu et al. 2024, figure 3), for maps of two or three axes.
+
+    A depthwise convolution sees all neighbours; then every direction of the scan order has its
+    own projections, decay and skip, and shares the input, the norm, the gate and the output.
+    With the order "cross" in 2D it is the official SS2D, names included: rows, columns, and both
+    backwards. In 3D "cross" has six directions.
+
+    Args:
+        d_model: C, channels of a token.
+        dimension: 2 or 3.
+        d_state: N.
+        d_conv: side of the depthwise kernel.
+        expand: E / C.
+        order: name of a scan order.
+        merge: "sum", "mean", or "attention", which weighs directions channel by channel
+            (shuffle attention of MaIR, Li et al. 2025).
+        reverse: let a local bidirectional scan run backwards, as every second layer does.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dimension: int,
+        *,
+        d_state: int = DEFAULT_STATE,
+        d_conv: int = 3,
+        expand: int = DEFAULT_EXPAND,
+        order: str = "cross",
+        merge: str = "sum",
+        reverse: bool = False,
+    ) -> None:
+        super().__init__()
+        inner, rank = expand * d_model, step_rank(d_model)
+        count = count_directions(order, dimension)
+        self.order, self.reverse, self.d_state = order, reverse, d_state
+        self.merge = require_merge(merge, ("sum", "mean", "attention"))
+        self.x_proj_weight = nn.Parameter(torch.empty(count, rank + 2 * d_state, inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(count, inner, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(count, inner))
+        self.A_logs = nn.Parameter(initial_log_decay(count * inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(count * inner))
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        make = {2: nn.Conv2d, 3: nn.Conv3d}[dimension]
+        self.conv_name = f"conv{dimension}d"
+        self.add_module(self.conv_name, make(inner, inner, d_conv, groups=inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        bound = inner**-0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        initialize_step_(self.dt_projs_weight, self.dt_projs_bias)
+        if self.merge == "attention":
+            self.attention = DirectionAttention(inner, views(order, dimension))
+
+    def forward(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return (B, L, C) for tokens (B, L, C) in raster order of a map of ``shape``."""
+        x, gate = self.in_proj(tokens).chunk(2, dim=-1)
+        conv = cast(nn.Conv2d | nn.Conv3d, self.get_submodule(self.conv_name))
+        x = x.reshape(*tokens.shape[:1], *shape, x.shape[-1])
+        x = functional.silu(depthwise_conv(x, conv.weight, conv.bias)).flatten(1, -2)
+        ways = directions(self.order, shape, tokens.device, reverse=self.reverse)
+        parts = [self._scan(x, way, index) for index, way in enumerate(ways)]
+        y = self.attention(parts) if self.merge == "attention" else sum_in_order(parts)
+        if self.merge == "mean":
+            y = y / len(parts)
+        y = self.out_norm(y) * functional.silu(gate)
+        out: Tensor = self.out_proj(y)
+        return out
+
+    def _scan(self, x: Tensor, way: Direction, index: int) -> Tensor:
+        """Scan x (B, L, E) one way; (B, L, E) in raster order, in float32 at least."""
+        index %= len(self.x_proj_weight)
+        rank, state, inner = self.dt_projs_weight.shape[2], self.d_state, x.shape[2]
+        x = x.flip(2) if way.flip_channels else x
+        own = slice(index * inner, (index + 1) * inner)
+        step, B, C = functional.linear(x, self.x_proj_weight[index]).split_with_sizes(
+            [rank, state, state], dim=-1
+        )
+        y: Tensor = selective_scan(
+            x,
+            functional.linear(step, self.dt_projs_weight[index]),
+            -torch.exp(self.A_logs[own]),
+            B,
+            C,
+            skip=self.Ds[own],
+            delta_bias=self.dt_projs_bias[index],
+            delta_softplus=True,
+            out_dtype=torch.promote_types(x.dtype, torch.float32),
+            order=way.order,
+            segment=way.segment,
+        )
+        return y.flip(2) if way.flip_channels else y
+
+
+class DirectionAttention(nn.Module):
+    """Sum of direction outputs, each weighed per channel by what all directions found on average.
+
+    Args:
+        channels: E.
+        count: K, outputs to merge.
+    """
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        bound = count**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, count, count).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels, count).uniform_(-bound, bound))
+
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return (B, L, E) for K maps (B, L, E)."""
+        means = torch.stack([part.mean(dim=1) for part in parts], dim=-1)
+        weights = torch.sigmoid(torch.einsum("ekj,bej->bek", self.weight, means) + self.bias)
+        return sum_in_order([part * weights[:, None, :, index] for index, part in enumerate(parts)])
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Sum from first to last, so that the rounding is the same everywhere."""
+    return functools.reduce(torch.add, parts)
 
 
 def step_rank(d_model: int) -> int:
