@@ -1,0 +1,105 @@
+"""Progress and tables. Talk goes to standard error, data to standard output."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from medmamba.cli.options import format_duration
+
+PLAIN_LINE_EVERY_S = 5.0
+
+talk = Console(stderr=True, highlight=False)
+data = Console(highlight=False)
+
+
+class StepProgress:
+    """Shows (stage, done, total) reports: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+        self._tasks: dict[str, object] = {}
+        self._started: dict[str, float] = {}
+        self._last_line = 0.0
+        if talk.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:<22}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=talk,
+            )
+
+    def __enter__(self) -> "StepProgress":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` steps of ``stage`` are finished."""
+        self._started.setdefault(stage, time.monotonic())
+        if self._bars is not None:
+            self._show_bar(stage, done, total)
+        else:
+            self._print_line(stage, done, total)
+
+    def _show_bar(self, stage: str, done: int, total: int) -> None:
+        assert self._bars is not None
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+    def _print_line(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last_line < PLAIN_LINE_EVERY_S:
+            return
+        self._last_line = now
+        elapsed = now - self._started[stage]
+        remaining = elapsed / done * (total - done) if done else 0.0
+        tail = f", about {format_duration(remaining)} left" if done < total and done else ""
+        print(f"{stage}: {done}/{total}{tail}", file=sys.stderr, flush=True)
+
+
+def make_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1
+) -> Table:
+    """Build a table whose columns from ``right_from`` on are right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index >= right_from else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """Yield a list that holds the elapsed seconds once the block has ended."""
+    elapsed: list[float] = []
+    start = time.monotonic()
+    try:
+        yield elapsed
+    finally:
+        elapsed.append(time.monotonic() - start)

@@ -1,0 +1,121 @@
+"""``medmamba doctor``: whether this machine is fit, and what will be used."""
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from medmamba import __version__
+from medmamba.cli.options import Json
+
+PACKAGES = (
+    "torch", "triton", "monai", "nibabel", "SimpleITK", "scikit-image", "numpy", "scipy",
+    "blosc2", "safetensors", "pydantic", "typer",
+)  # fmt: skip
+MEMORY_INFO = Path("/proc/meminfo")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only its size is read
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``fit`` is False where the machine cannot do the work."""
+
+    topic: str
+    value: str
+    fit: bool = True
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check device, memory, disk, compiler and scan kernels; exit code 6 if something is unfit.
+
+    Example: [cyan]medmamba doctor --json[/cyan]
+    """
+    findings = [*_system(), *_device(), *_scan()]
+    packages = {name: _version(name) for name in PACKAGES}
+    if as_json:
+        _print_json(findings, packages)
+    else:
+        _print_tables(findings, packages)
+    if not all(finding.fit for finding in findings):
+        raise typer.Exit(6)
+
+
+def _system() -> list[Finding]:
+    disk = shutil.disk_usage(Path.cwd())
+    findings = [
+        Finding("medmamba", f"{__version__} on Python {platform.python_version()}"),
+        Finding("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+        Finding("memory", _memory()),
+        Finding("free disk", f"{disk.free / 2**30:.0f} GiB here"),
+        Finding("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (not needed to run)"),
+    ]
+    if SHARED_MEMORY.exists():
+        size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
+        findings.append(Finding("shared memory", f"{size:.0f} MiB (medmamba needs none)"))
+    return findings
+
+
+def _memory() -> str:
+    if not MEMORY_INFO.exists():
+        return "unknown"
+    fields = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines() if ":" in line)
+    total, free = (int(fields[key].split()[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
+    return f"{total:.1f} GiB, {free:.1f} GiB available"
+
+
+def _device() -> list[Finding]:
+    import torch
+
+    from medmamba.training.precision import describe_cpu
+
+    findings = [Finding("CPU", describe_cpu())]
+    if not torch.cuda.is_available():
+        findings.append(Finding("GPU", "none that torch can use; everything runs on the CPU"))
+        return findings
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        findings.append(
+            Finding(f"GPU {index}", f"{name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free")
+        )
+    return findings
+
+
+def _scan() -> list[Finding]:
+    from medmamba.kernels import backend_report
+
+    return [
+        Finding(f"scan {row.name}", f"{row.state}: {row.reason}", row.fit) for row in backend_report()
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _print_json(findings: list[Finding], packages: dict[str, str]) -> None:
+    import json
+
+    report: dict[str, Any] = {
+        "fit": all(finding.fit for finding in findings),
+        "findings": [vars(finding) for finding in findings],
+        "packages": packages,
+    }
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _print_tables(findings: list[Finding], packages: dict[str, str]) -> None:
+    from medmamba.cli.display import data, make_table
+
+    rows = [(item.topic, item.value, "ok" if item.fit else "UNFIT") for item in findings]
+    data.print(make_table("This machine", ("what", "found", ""), rows, right_from=3))
+    data.print("packages: " + ", ".join(f"{name} {value}" for name, value in packages.items()))

@@ -1,0 +1,143 @@
+"""``medmamba plan``: verify, fingerprint, plan and preprocess a dataset."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medmamba.cli.options import Json, Workers
+from medmamba.errors import DatasetError, UsageError
+
+if TYPE_CHECKING:
+    from medmamba.dataset import VerificationReport
+    from medmamba.plans.plan import Plan
+
+SHOWN_PROBLEMS = 50
+DEFAULT_NETWORK = "lightm_unet_s"
+
+
+def plan(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATASET", help="nnU-Net raw dataset (DatasetXXX_Name) or Decathlon task folder."
+        ),
+    ],
+    work: Annotated[Path, typer.Option("--output", "-o", metavar="WORK", help="Work folder to fill.")],
+    network: Annotated[
+        str, typer.Option("--network", "-n", help="Network to plan for (see `medmamba info networks`).")
+    ] = DEFAULT_NETWORK,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-memory", metavar="GB", min=1, help="Memory to plan for (default: the preset's, 8)."
+        ),
+    ] = None,
+    configurations: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--configuration",
+            "-c",
+            help="Configuration to preprocess, repeatable (default: 3d_fullres, 2d for 2D data).",
+        ),
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option("--spacing", metavar="Z,Y,X", help="Target spacing in mm instead of the median."),
+    ] = None,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess/--no-preprocess", help="Preprocess after planning.")
+    ] = True,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Look at a dataset, decide how to segment it, and prepare it for training.
+
+    Every file is verified first; all problems are listed at once, and a fatal one ends with code 3.
+    Interrupted runs continue where they stopped.
+
+    Example: [cyan]medmamba plan Dataset004_Hippocampus -o work --network plain_unet[/cyan]
+    """
+    from medmamba.cli.display import StepProgress
+    from medmamba.pipeline import plan as run_plan
+
+    def show_report(report: "VerificationReport") -> None:
+        print_problems(report)
+
+    with StepProgress() as progress:
+        outcome = run_plan(
+            dataset,
+            work,
+            network=network,
+            memory_gb=gpu_memory,
+            configurations=tuple(configurations or ()),
+            spacing_mm=parse_spacing(spacing),
+            preprocess=preprocess,
+            workers=workers,
+            on_verified=show_report,
+            on_progress=progress,
+        )
+    if as_json:
+        from medmamba.files import to_json
+
+        sys.stdout.write(to_json(outcome.summary()))
+        return
+    print_plan(outcome.plan)
+    print(f"plan      {outcome.plan_path}")
+    for store in outcome.stores:
+        print(f"arrays    {store}")
+    print(f"next      medmamba train {work} --network {network}")
+
+
+def parse_spacing(text: str | None) -> tuple[float, ...] | None:
+    """Read ``1,0.8,0.8`` (z, y, x in millimetres).
+
+    Raises:
+        UsageError: not three positive numbers.
+    """
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or min(values, default=0) <= 0:
+        raise UsageError(f"--spacing '{text}': three positive numbers are needed, like 1,0.8,0.8.")
+    return values
+
+
+def print_problems(report: "VerificationReport") -> None:
+    """List what verification found, worst first.
+
+    Raises:
+        DatasetError: if any problem is fatal.
+    """
+    problems = sorted(report.problems, key=lambda problem: problem.severity != "fatal")
+    for problem in problems[:SHOWN_PROBLEMS]:
+        where = f"case {problem.case}: " if problem.case else ""
+        print(f"{problem.severity} [{problem.code}] {where}{problem.message}", file=sys.stderr)
+        if problem.suggestion:
+            print(f"    -> {problem.suggestion}", file=sys.stderr)
+    if len(problems) > SHOWN_PROBLEMS:
+        print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
+    fatal = sum(problem.severity == "fatal" for problem in problems)
+    if fatal:
+        raise DatasetError(
+            f"{report.dataset}: {fatal} fatal problem(s) in the dataset, listed above and in "
+            "verification.json. Mend them and run the command again."
+        )
+
+
+def print_plan(plan: "Plan") -> None:
+    """Show each decision with its value and its reason."""
+    from medmamba.cli.display import data
+    from rich.table import Table
+
+    table = Table(title=f"Plan for {plan.network} on {plan.dataset_name}", title_justify="left")
+    table.add_column("decision", style="bold")
+    table.add_column("value")
+    table.add_column("why")
+    for reason in plan.reasons:
+        table.add_row(reason.topic, str(reason.value), reason.why)
+    data.print(table)

@@ -1,0 +1,96 @@
+"""``medmamba predict``: masks for new images."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medmamba.cli.options import Device, Json, Workers, format_duration
+from medmamba.errors import UsageError
+
+if TYPE_CHECKING:
+    from medmamba.inference.records import CommitRecord
+
+OVERWRITE = ("never", "stale", "always")
+
+
+def predict(
+    images: Annotated[
+        Path,
+        typer.Option("--input", "-i", metavar="IN", help="Image file, folder of images, or list of files."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the masks.")],
+    model: Annotated[
+        Path,
+        typer.Option("--model", "-m", metavar="MODEL", help="Model folder, or the run folder holding it."),
+    ],
+    mirror: Annotated[
+        bool,
+        typer.Option("--tta/--no-tta", help="Average over mirrored copies: better, up to 8 times slower."),
+    ] = False,
+    step: Annotated[
+        float, typer.Option("--step", min=0.05, max=1.0, help="Tile step as a fraction of the patch.")
+    ] = 0.5,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where native.")
+    ] = "auto",
+    device: Device = "auto",
+    compat: Annotated[
+        bool, typer.Option("--compat", help="Round as nnU-Net does (half-precision accumulation).")
+    ] = False,
+    overwrite: Annotated[
+        str,
+        typer.Option("--overwrite", metavar="never|stale|always", help="What to do with finished cases."),
+    ] = "stale",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Segment images; each mask lies on exactly the grid of its image.
+
+    A case that cannot be trusted is rejected with a reason and leaves no mask; the others go on. A case is
+    done when its record OUT/CASE.json is there; running again does only what is missing or out of date.
+
+    Exit code 0: all done; 4: some cases rejected or failed; 5: none succeeded.
+
+    Example: [cyan]medmamba predict -i images -o masks -m work/runs/lightm_unet_s/3d_fullres/fold_0[/cyan]
+    """
+    from medmamba.pipeline import predict as run_predict
+
+    if overwrite not in OVERWRITE:
+        raise UsageError(f"--overwrite '{overwrite}': choose one of {', '.join(OVERWRITE)}.")
+    outcome = run_predict(
+        images,
+        output,
+        model,
+        mirror=mirror,
+        step=step,
+        precision=precision,
+        device=device,
+        compat=compat,
+        overwrite=overwrite,
+        workers=workers,
+        on_case=print_case,
+        on_message=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if as_json:
+        from medmamba.files import to_json
+
+        sys.stdout.write(to_json(outcome.summary()))
+    else:
+        print(
+            f"{outcome.succeeded} of {outcome.total} cases have a mask in {output} "
+            f"({format_duration(outcome.elapsed_s)})"
+        )
+    raise typer.Exit(outcome.exit_code)
+
+
+def print_case(record: "CommitRecord", done: int, total: int, remaining_s: float) -> None:
+    """One line per finished case."""
+    tail = f", left {format_duration(remaining_s)}" if done < total else ""
+    if record.error is not None:
+        text = f"{record.status} [{record.error.code}] {record.error.message}"
+    else:
+        warnings = f" ({'; '.join(record.warnings)})" if record.warnings else ""
+        text = f"{record.status}{warnings}"
+    print(f"{done}/{total} {record.case_id}: {text}{tail}", file=sys.stderr, flush=True)

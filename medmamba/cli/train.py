@@ -1,0 +1,125 @@
+"""``medmamba train``: train one fold of one network."""
+
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medmamba.cli.options import Device, WorkFolder, format_duration, parse_duration
+from medmamba.cli.plan import DEFAULT_NETWORK
+from medmamba.errors import UsageError
+
+if TYPE_CHECKING:
+    from medmamba.training.progress import EpochReport
+
+
+def train(
+    work: WorkFolder,
+    network: Annotated[
+        str, typer.Option("--network", "-n", help="Network to train; it must have been planned.")
+    ] = DEFAULT_NETWORK,
+    fold: Annotated[
+        str, typer.Option("--fold", "-f", metavar="K|all", help="Fold number, or all cases.")
+    ] = "0",
+    configuration: Annotated[
+        str | None,
+        typer.Option("--configuration", "-c", help="Configuration (default: 3d_fullres, 2d for 2D data)."),
+    ] = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option(
+            "--max-time", metavar="20m", help="Time budget; the schedule is laid out to end with it."
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs (default: preset).")] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=1, help="Iterations per epoch (default: preset).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Patches per step instead of the plan's.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="Loss instead of the preset's, e.g. region_tversky.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights, patches and augmentation.")] = 0,
+    precision: Annotated[
+        str,
+        typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where it is native."),
+    ] = "auto",
+    device: Device = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Bit-exact on GPUs too (CPU runs always are).")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again although this run exists.")
+    ] = False,
+) -> None:
+    """Train one fold; writes checkpoints, log.jsonl, curves.png and a model to predict with.
+
+    A checkpoint is saved after every epoch. Ctrl-C and SIGTERM save and stop; [cyan]--resume[/cyan] goes on,
+    on a CPU to the last bit as if nothing had happened.
+
+    Example: [cyan]medmamba train work --network lightm_unet_s --fold 0 --max-time 20m[/cyan]
+    """
+    from medmamba.pipeline import train as run_train
+
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    outcome = run_train(
+        work,
+        network=network,
+        fold=parse_fold(fold),
+        configuration=configuration,
+        max_time=parse_duration(max_time) if max_time else None,
+        epochs=epochs,
+        iterations=iterations,
+        batch_size=batch_size,
+        loss=loss,
+        resume=resume,
+        overwrite=overwrite,
+        seed=seed,
+        precision=precision,
+        device=device,
+        deterministic=deterministic,
+        on_epoch=print_epoch,
+        on_message=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(f"epochs    {outcome.epochs}, validation Dice of patches {outcome.dice:.4f}")
+    print(f"model     {outcome.model}")
+    print(f"curves    {outcome.run_folder / 'curves.png'}")
+    print(f"next      medmamba predict -i IMAGES -o MASKS -m {outcome.model}")
+
+
+def parse_fold(text: str) -> int | str:
+    """Read a fold number or ``all``.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text == "all":
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise UsageError(f"--fold '{text}': a number from 0, or all.")
+
+
+def print_epoch(report: "EpochReport") -> None:
+    """One line an epoch: what a person watching wants to know."""
+    dice = f"{report.dice:.4f}" if report.dice == report.dice else "   -  "
+    print(
+        f"epoch {report.epoch + 1:>4}/{report.epochs:<4} loss {report.loss:+.4f}  "
+        f"val {report.validation_loss:+.4f}  Dice {dice}  lr {report.learning_rate:.2e}  "
+        f"{report.patches_per_s:5.1f} patches/s  {report.memory_gb:.1f} GB  "
+        f"left {format_duration(report.remaining_s)}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
