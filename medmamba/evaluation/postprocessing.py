@@ -152,7 +152,7 @@ def _means(evaluation: Evaluation) -> dict[str, Any]:
 def _as_values(value: object) -> tuple[int, ...]:
     """Label values of a step: nnU-Net writes a label, labels, or regions (lists of labels)."""
     members = value if isinstance(value, list) else [value]
-    flat = [
+    flat: list[Any] = [
         item for member in members for item in (member if isinstance(member, list) else [member])
     ]
     if not all(type(item) is int for item in flat):
