@@ -1,0 +1,395 @@
+"""Triton kernels of the backward scan: two streaming passes that never store the states.
+
+With g_t the gradient of the state h_t, r_t = a_{t+1} g_{t+1} the carry and q_t = g_t a_t h_{t-1},
+each state obeys
+
+    q_{t+1} = q_t + x_t B_t g_t - dy_t C_t h_t,        x_t = dt_t u_t
+
+so what seems to need h and g at once, the part of the gradients of dt and A that goes through the
+decay, is a running sum of scalars: R_t = sum_n A_n C_tn h_tn from a forward walk (`forward_pass`)
+and P_t = sum_n A_n B_tn g_tn from a reverse walk (`reverse_pass`). The sum is anchored where a
+segment ends, at sum_n A_n r_n h_n, which the forward walk knows. Our own derivation; shapes as in
+triton_forward.py.
+"""
+
+# Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
+# mypy: disable-error-code="untyped-decorator,assignment"
+# ruff: noqa: B007, RUF005
+
+from typing import Any
+
+import triton  # noqa: TID251  (part of triton's door)
+import triton.language as tl  # noqa: TID251
+
+from medmamba.kernels.triton_forward import (
+    LOG2E,
+    load,
+    load_decays,
+    load_scalars,
+    load_states,
+    log1p_of_unit,
+    place,
+    sigmoid,
+    step_size,
+    store,
+    stretch,
+    token,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sum_channels(value: Any) -> Any:
+    """Sum over the channels of a tile, in a fixed order."""
+    return tl.sum(value, axis=0)
+
+
+@triton.jit
+def forward_pass(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    skip: Any,
+    gate: Any,
+    delta_bias: Any,
+    order: Any,
+    states: Any,
+    carries: Any,
+    grad_out: Any,
+    partial: Any,
+    y_out: Any,
+    grad_gate: Any,
+    decay_sum: Any,
+    anchor: Any,
+    delta_sum: Any,
+    grad_C: Any,
+    grad_A: Any,
+    length: Any,
+    window: Any,
+    chunk_length: Any,
+    segment: Any,
+    per_window: Any,
+    chunks: Any,
+    segments_per_chunk: Any,
+    channels: Any,
+    group_channels: Any,
+    tiles_per_group: Any,
+    groups: Any,
+    batches: Any,
+    u_batch: Any,
+    u_row: Any,
+    delta_batch: Any,
+    delta_row: Any,
+    gate_batch: Any,
+    gate_row: Any,
+    out_batch: Any,
+    out_row: Any,
+    B_batch: Any,
+    B_row: Any,
+    B_group: Any,
+    C_batch: Any,
+    C_row: Any,
+    C_group: Any,
+    A_row: Any,
+    states_chunk: Any,
+    carries_chunk: Any,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DESCEND: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+) -> None:
+    """Recompute h; write R_t, anchors, the gradients of C and the gate, and a part of that of A.
+
+    `decay_sum` (b, l, d) receives R_t; `anchor` and `delta_sum` (b, c, segments, d); `grad_C`
+    (tiles, b, l, g, n) and `grad_A` (b, c, n, d) are summed over the first dimensions by the host.
+    """
+    batch, chunk, group, tile, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
+    mask = lane < group_channels
+    first, last = stretch(chunk, length, window, chunk_length, per_window)
+    u += batch * u_batch
+    delta += batch * delta_batch
+    grad_out += batch * out_batch
+    B += batch * B_batch + group * B_group
+    C += batch * C_batch + group * C_group
+    rows = batch * length
+    if grad_C is not None:
+        grad_C += ((tile * batches + batch) * length * groups + group) * N
+    A2 = load_decays(A + d * A_row, mask, N, EVEN)
+    bias = None
+    if delta_bias is not None:
+        bias = load(delta_bias + d, mask, EVEN)
+    if skip is not None:
+        skip_row = load(skip + d, mask, EVEN)
+    index = batch * chunks + chunk
+    state = ()
+    slope = ()
+    for n in tl.static_range(N):
+        state = state + (tl.zeros([BD], tl.float32),)
+        slope = slope + (tl.zeros([BD], tl.float32),)
+    if states is not None:
+        state = load_states(states + index * states_chunk + d, channels, mask, N, EVEN)
+    segments = tl.cdiv(last - first, segment)
+    for s in range(segments):
+        nth = s
+        if DESCEND:
+            nth = segments - 1 - s
+        begin = first + nth * segment
+        stop = tl.minimum(begin + segment, last)
+        entering = ()
+        for n in tl.static_range(N):
+            entering = entering + (tl.where(s > 0, 0.0, state[n]),)
+        state = entering
+        elapsed = tl.zeros([BD], tl.float32)
+        for i in range(stop - begin):
+            position = begin + i
+            if DESCEND:
+                position = stop - 1 - i
+            row = token(position, order, length, REVERSE)
+            x = load(u + row * u_row + d, mask, EVEN)
+            dt = step_size(load(delta + row * delta_row + d, mask, EVEN), bias, SOFTPLUS)
+            dy = load(grad_out + row * out_row + d, mask, EVEN)
+            at = (rows + row) * channels + d
+            if gate is not None:
+                z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
+                y = tl.zeros([BD], tl.float32)
+                if partial is not None:
+                    y = load(partial + at, mask, EVEN)
+                if skip is not None:
+                    y += skip_row * x
+                opened = sigmoid(z)
+                grad_y = dy * z * opened
+            else:
+                grad_y = dy
+            b = load_scalars(B + row * B_row, N)
+            c = load_scalars(C + row * C_row, N)
+            driven = dt * x
+            elapsed += dt
+            weighted = elapsed * grad_y
+            total = tl.zeros([BD], tl.float32)
+            moved = ()
+            sloped = ()
+            for n in tl.static_range(N):
+                kept = tl.exp2(dt * A2[n]) * state[n]
+                h = kept + driven * b[n]
+                seen = h
+                if EXCLUSIVE:
+                    seen = kept
+                shown = c[n] * seen
+                if gate is not None:
+                    y += shown
+                total += A2[n] * shown
+                sloped = sloped + (slope[n] + weighted * shown,)
+                moved = moved + (h,)
+                if grad_C is not None:
+                    tl.store(grad_C + row * groups * N + n, sum_channels(grad_y * seen))
+            state = moved
+            slope = sloped
+            store(decay_sum + at, total, mask, EVEN)
+            if y_out is not None:
+                store(y_out + at, y, mask, EVEN)
+            if grad_gate is not None:
+                store(grad_gate + at, dy * y * opened * (1.0 + z * (1.0 - opened)), mask, EVEN)
+        reached = tl.zeros([BD], tl.float32)
+        if carries is not None:
+            ends = s == segments - 1
+            sloped = ()
+            for n in tl.static_range(N):
+                r = load(carries + index * carries_chunk + n * channels + d, mask, EVEN)
+                met = tl.where(ends, r * state[n], 0.0)
+                reached += A2[n] * met
+                sloped = sloped + (slope[n] + elapsed * met,)
+            slope = sloped
+        at_segment = (index * segments_per_chunk + nth) * channels + d
+        store(anchor + at_segment, reached, mask, EVEN)
+        store(delta_sum + at_segment, elapsed, mask, EVEN)
+    for n in tl.static_range(N):
+        store(grad_A + (index * N + n) * channels + d, slope[n], mask, EVEN)
+
+
+@triton.jit
+def reverse_pass(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    skip: Any,
+    gate: Any,
+    delta_bias: Any,
+    order: Any,
+    carries: Any,
+    grad_out: Any,
+    partial_u: Any,
+    partial_delta: Any,
+    decay_sum: Any,
+    anchor: Any,
+    delta_sum: Any,
+    grad_u: Any,
+    grad_delta: Any,
+    grad_B: Any,
+    grad_A: Any,
+    grad_skip: Any,
+    grad_bias: Any,
+    grad_initial: Any,
+    length: Any,
+    window: Any,
+    chunk_length: Any,
+    segment: Any,
+    per_window: Any,
+    chunks: Any,
+    segments_per_chunk: Any,
+    channels: Any,
+    group_channels: Any,
+    tiles_per_group: Any,
+    groups: Any,
+    batches: Any,
+    u_batch: Any,
+    u_row: Any,
+    delta_batch: Any,
+    delta_row: Any,
+    gate_batch: Any,
+    gate_row: Any,
+    out_batch: Any,
+    out_row: Any,
+    B_batch: Any,
+    B_row: Any,
+    B_group: Any,
+    C_batch: Any,
+    C_row: Any,
+    C_group: Any,
+    A_row: Any,
+    carries_chunk: Any,
+    initial_batch: Any,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DESCEND: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+    FINAL: tl.constexpr,
+) -> None:
+    """Recompute g against the walk of the forward; write all gradients that need it.
+
+    DESCEND is the direction of the forward: this pass walks the other way. `partial_u` and
+    `partial_delta` (b, l, d) hold what other scans of the same tokens contributed. Only the FINAL
+    one of several goes through the softplus and adds the skip.
+    """
+    batch, chunk, group, tile, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
+    mask = lane < group_channels
+    first, last = stretch(chunk, length, window, chunk_length, per_window)
+    u += batch * u_batch
+    delta += batch * delta_batch
+    grad_out += batch * out_batch
+    B += batch * B_batch + group * B_group
+    C += batch * C_batch + group * C_group
+    rows = batch * length
+    if grad_B is not None:
+        grad_B += ((tile * batches + batch) * length * groups + group) * N
+    A2 = load_decays(A + d * A_row, mask, N, EVEN)
+    if delta_bias is not None:
+        bias = load(delta_bias + d, mask, EVEN)
+    if skip is not None:
+        skip_row = load(skip + d, mask, EVEN)
+    index = batch * chunks + chunk
+    carry = ()
+    slope = ()
+    for n in tl.static_range(N):
+        carry = carry + (tl.zeros([BD], tl.float32),)
+        slope = slope + (load(grad_A + (index * N + n) * channels + d, mask, EVEN),)
+    if carries is not None:
+        carry = load_states(carries + index * carries_chunk + d, channels, mask, N, EVEN)
+    sum_skip = tl.zeros([BD], tl.float32)
+    sum_bias = tl.zeros([BD], tl.float32)
+    segments = tl.cdiv(last - first, segment)
+    for s in range(segments):
+        nth = segments - 1 - s
+        if DESCEND:
+            nth = s
+        begin = first + nth * segment
+        stop = tl.minimum(begin + segment, last)
+        entering = ()
+        for n in tl.static_range(N):
+            entering = entering + (tl.where(s > 0, 0.0, carry[n]),)
+        carry = entering
+        at_segment = (index * segments_per_chunk + nth) * channels + d
+        running = load(anchor + at_segment, mask, EVEN)
+        elapsed = load(delta_sum + at_segment, mask, EVEN)
+        for i in range(stop - begin):
+            position = stop - 1 - i
+            if DESCEND:
+                position = begin + i
+            row = token(position, order, length, REVERSE)
+            at = (rows + row) * channels + d
+            x = load(u + row * u_row + d, mask, EVEN)
+            raw = load(delta + row * delta_row + d, mask, EVEN)
+            if delta_bias is not None:
+                raw += bias
+            dt = raw
+            if SOFTPLUS:
+                e = tl.exp2(-tl.abs(raw) * LOG2E)
+                positive = raw > 0
+                dt = tl.where(positive, raw, 0.0) + log1p_of_unit(e)
+            dy = load(grad_out + row * out_row + d, mask, EVEN)
+            if gate is not None:
+                z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
+                dy = dy * z * sigmoid(z)
+            seen_sum = load(decay_sum + at, mask, EVEN)
+            b = load_scalars(B + row * B_row, N)
+            c = load_scalars(C + row * C_row, N)
+            driven = dt * x
+            weighted = elapsed * driven
+            pushed = tl.zeros([BD], tl.float32)
+            total = tl.zeros([BD], tl.float32)
+            moved = ()
+            sloped = ()
+            for n in tl.static_range(N):
+                g = carry[n] + dy * c[n]
+                felt = g
+                if EXCLUSIVE:
+                    felt = carry[n]
+                fed = b[n] * felt
+                pushed += fed
+                total += A2[n] * fed
+                sloped = sloped + (slope[n] - weighted * fed,)
+                moved = moved + (tl.exp2(dt * A2[n]) * g,)
+                if grad_B is not None:
+                    tl.store(grad_B + row * groups * N + n, sum_channels(driven * felt))
+            carry = moved
+            slope = sloped
+            running += dy * seen_sum - driven * total
+            elapsed -= dt
+            du = dt * pushed
+            ddt = x * pushed + LN2 * running
+            if partial_u is not None:
+                du += load(partial_u + at, mask, EVEN)
+                ddt += load(partial_delta + at, mask, EVEN)
+            if FINAL:
+                if skip is not None:
+                    du += skip_row * dy
+                    sum_skip += dy * x
+                if SOFTPLUS:
+                    ddt *= tl.where(positive, 1.0, e) / (1.0 + e)
+                sum_bias += ddt
+            store(grad_u + at, du, mask, EVEN)
+            store(grad_delta + at, ddt, mask, EVEN)
+    for n in tl.static_range(N):
+        store(grad_A + (index * N + n) * channels + d, slope[n], mask, EVEN)
+    if FINAL:
+        if skip is not None:
+            store(grad_skip + index * channels + d, sum_skip, mask, EVEN)
+        if delta_bias is not None:
+            store(grad_bias + index * channels + d, sum_bias, mask, EVEN)
+    if grad_initial is not None:
+        starts = chunk == 0
+        if DESCEND:
+            starts = chunk == chunks - 1
+        if starts:
+            for n in tl.static_range(N):
+                store(grad_initial + batch * initial_batch + n * channels + d, carry[n], mask, EVEN)

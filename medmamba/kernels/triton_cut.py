@@ -1,0 +1,165 @@
+"""How one scan becomes walks of many programs: states in blocks, sequences in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medmamba.kernels.arguments import ScanArguments
+
+# Chunk lengths are a pure function of shapes, so that results do not depend on the device: sized
+# for the 132 multiprocessors of an H100 with this many programs (warps) each.
+PROGRAMS = 132 * 16
+SINGLE_CHUNK_PROGRAMS = 132 * 4  # this many fill the device without cutting the sequence
+CHUNK_STEP = 64
+MAX_CHUNK = 4096
+MAX_TRAINED_CHUNK = 512  # the running sum of the backward is anchored at least this often
+STATE_BLOCK = 16  # states one program keeps in registers; more are walked block by block
+WIDE_TILE, NARROW_TILE = 64, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes a benchmark may vary; None is chosen from the shape.
+
+    Args:
+        tile: channels of one program; a power of two from 32.
+        backward_tile: the same for the two passes of the backward.
+        chunk: tokens of one program.
+        state_block: states of one program.
+    """
+
+    tile: int | None = None
+    backward_tile: int | None = None
+    chunk: int | None = None
+    state_block: int = STATE_BLOCK
+
+
+DEFAULT = Tuning()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the positions of a sequence are dealt to programs.
+
+    Windows are what resets make. A short window is a segment, and a program walks several of them;
+    a long one is cut into chunks, whose states are then passed along.
+
+    Args:
+        window: positions after which nothing is carried over to the next program's window.
+        chunk: positions of one program.
+        segment: positions after which the state of a program is zeroed.
+        per_window: chunks of a window.
+        windows: windows of the sequence.
+    """
+
+    window: int
+    chunk: int
+    segment: int
+    per_window: int
+    windows: int
+
+    @property
+    def chunks(self) -> int:
+        """Programs along one sequence."""
+        return self.windows * self.per_window
+
+    @property
+    def segments_per_chunk(self) -> int:
+        """Segments of one program."""
+        return -(-self.chunk // self.segment)
+
+    @property
+    def passes_states(self) -> bool:
+        """Whether states travel between programs."""
+        return self.per_window > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """One walk over the tokens for a block of states; the outputs of all legs add up.
+
+    Args:
+        first: first state of the block.
+        last: one past its last state.
+        descend: walk the positions backwards, as the local half of a bidirectional scan does.
+        exclusive: leave a token's own input out of its output.
+    """
+
+    first: int
+    last: int
+    cut: Cut
+    descend: bool = False
+    exclusive: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Whether this leg takes h0 and gives h_last."""
+        return not self.descend
+
+
+def tile_of(arguments: ScanArguments, wanted: int | None) -> int:
+    """Channels of one program: two to a thread where the group has that many."""
+    if wanted is not None:
+        return wanted
+    return NARROW_TILE if group_channels(arguments) <= NARROW_TILE else WIDE_TILE
+
+
+def group_channels(arguments: ScanArguments) -> int:
+    """Channels that share B and C."""
+    return arguments.channels // arguments.groups
+
+
+def tiles_per_group(arguments: ScanArguments, tile: int) -> int:
+    """Programs side by side that one group needs."""
+    return -(-group_channels(arguments) // tile)
+
+
+def causal_cut(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> Cut:
+    """The cut of the causal scan; a trained one keeps chunks short enough for exact gradients."""
+    return _cut(arguments, arguments.reset_every, tuning, trained=trained)
+
+
+def legs_of(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> tuple[Leg, ...]:
+    """All walks of one scan; the last is causal and finishes the output."""
+    blocks = [
+        (first, min(first + tuning.state_block, arguments.state))
+        for first in range(0, arguments.state, tuning.state_block)
+    ]
+    legs: list[Leg] = []
+    if arguments.segment > 1:
+        local = _cut(arguments, arguments.segment, tuning, trained=trained)
+        legs += [
+            Leg(first=first, last=last, cut=local, descend=True, exclusive=True)
+            for first, last in blocks
+        ]
+    causal = causal_cut(arguments, tuning, trained=trained)
+    legs += [Leg(first=first, last=last, cut=causal) for first, last in blocks]
+    return tuple(legs)
+
+
+def _cut(arguments: ScanArguments, window: int, tuning: Tuning, *, trained: bool) -> Cut:
+    length = arguments.length
+    window = min(window or length, length)
+    target = tuning.chunk or _chunk(arguments, tuning, trained=trained)
+    if window <= target:
+        span = window * max(1, min(target, length) // window)
+        return Cut(
+            window=span, chunk=span, segment=window, per_window=1, windows=-(-length // span)
+        )
+    return Cut(
+        window=window,
+        chunk=target,
+        segment=target,
+        per_window=-(-window // target),
+        windows=-(-length // window),
+    )
+
+
+def _chunk(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> int:
+    tiles = arguments.groups * tiles_per_group(arguments, tile_of(arguments, tuning.tile))
+    programs = arguments.batch * tiles
+    longest = MAX_TRAINED_CHUNK if trained else MAX_CHUNK
+    if programs >= SINGLE_CHUNK_PROGRAMS and arguments.length <= longest:
+        return longest
+    wanted = arguments.length * programs // PROGRAMS
+    return min(max(-(-wanted // CHUNK_STEP) * CHUNK_STEP, CHUNK_STEP), longest)
