@@ -94,7 +94,7 @@ class RecursiveConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape."""
-        sizes = (self.widths[0], sum(self.widths))
+        sizes = [self.widths[0], sum(self.widths)]
         first, rest = torch.split(self.proj_in(x), sizes, dim=1)
         dwconv = cast(nn.Conv3d, self.dwconv)
         seen = depthwise_conv(rest.movedim(1, -1), dwconv.weight, dwconv.bias)
