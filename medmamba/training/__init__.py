@@ -1,0 +1,1 @@
+"""Training of one fold: sampling and augmentation, losses, the loop, checkpoints."""

@@ -1,0 +1,151 @@
+"""What a run tells: a report per epoch, ``log.jsonl``, and ``run.json``."""
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medmamba.errors import EnvironmentFault
+from medmamba.files import to_json, write_atomic
+
+BYTES_PER_GB = 2**30
+RECORDED_PACKAGES = ("medmamba", "torch", "monai", "numpy", "blosc2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """How an epoch went.
+
+    Args:
+        epoch: counted from 0.
+        epochs: of the whole run.
+        iteration: optimiser steps so far.
+        dice: mean validation Dice of patches over classes; NaN when no class occurred.
+        dice_per_class: by name of class or region.
+        ema_dice: smoothed ``dice``, by which the best checkpoint is chosen.
+        gradient_norm: mean L2 norm before clipping.
+        skipped_steps: steps whose loss or gradient was not finite.
+        patches_per_s: while training, validation left out.
+        loading_share: part of the training time spent waiting for batches.
+        memory_gb: most memory held so far, of the GPU when there is one.
+    """
+
+    epoch: int
+    epochs: int
+    iteration: int
+    loss: float
+    validation_loss: float
+    dice: float
+    dice_per_class: dict[str, float]
+    ema_dice: float
+    is_best: bool
+    learning_rate: float
+    gradient_norm: float
+    skipped_steps: int
+    seconds: float
+    elapsed_s: float
+    remaining_s: float
+    patches_per_s: float
+    loading_share: float
+    memory_gb: float
+
+
+class RunLog:
+    """Appends rows to ``log.jsonl``; a resumed run cuts it back to its checkpoint first."""
+
+    def __init__(self, path: Path, *, keep_bytes: int) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self._file.truncate(min(keep_bytes, self._file.tell()))
+            self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{path}: cannot be written ({error.strerror or error}). "
+                "Check permissions and free space of the folder.",
+                code="E_OUT_NOT_WRITABLE",
+            ) from error
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers that are not finite become null."""
+        clean = {key: _finite(value) for key, value in row.items()}
+        self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
+
+    def sync(self) -> int:
+        """Bring all rows to disk and return the length of the file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a log; a torn last line is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def memory_gb(device: torch.device) -> float:
+    """Return the most memory this process held, on the GPU when it trains there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / BYTES_PER_GB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / BYTES_PER_GB
+
+
+def write_run_record(
+    path: Path, *, device: torch.device, identity: dict[str, str], settings: dict[str, Any]
+) -> None:
+    """Write ``run.json``: how this run was started, with what, where."""
+    record = {
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "identity": identity,
+        **settings,
+    }
+    write_atomic(path, to_json(record))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value

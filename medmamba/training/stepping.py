@@ -1,0 +1,104 @@
+"""One step of a network: forward, loss, backward, clipping, update; and forward alone.
+
+Knows precision, gradient scaling and memory format; knows nothing of epochs, files or data.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from medmamba.labels import LabelMap
+from medmamba.training.losses import DeepSupervision, LossSettings, build_loss, region_targets
+from medmamba.training.optimization import WeightAverage, clip_gradients, make_optimizer
+from medmamba.training.precision import autocast
+from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.sampling import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """Loss and gradient norm of a step; ``applied`` is false when they were not finite."""
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+
+
+class Stepper:
+    """A network with its loss and optimiser.
+
+    Args:
+        network: on its device already.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: TrainingRecipe,
+        label_map: LabelMap,
+        *,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        if hasattr(network, "deep_supervision"):
+            network.deep_supervision = recipe.deep_supervision  # type: ignore[assignment]
+        settings = LossSettings.of(
+            label_map, batch_dice=recipe.batch_dice, options=recipe.loss_options
+        )
+        self.network = network
+        self.optimizer = make_optimizer(network, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.average = (
+            WeightAverage(network, recipe.weight_averaging) if recipe.weight_averaging else None
+        )
+        self._loss = DeepSupervision(build_loss(recipe.loss, settings))
+        self._label_map = label_map
+        self._clip = recipe.gradient_clip
+        self._device = device
+        self._precision = precision
+
+    def train(self, batch: Batch, learning_rate: float, iteration: int) -> StepOutcome:
+        """Update the weights by one batch, unless its loss or gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, _ = self._forward(batch)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.network.parameters(), self._clip)
+        loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
+        applied = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if applied or self.scaler.is_enabled():
+            # The scaler leaves out steps that overflowed, and lowers its scale.
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if applied and self.average is not None:
+            self.average.update(self.network, iteration)
+        return StepOutcome(loss=loss_value, gradient_norm=norm_value, applied=applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return loss and full-resolution logits of a batch, with the network as it is."""
+        loss, outputs = self._forward(batch)
+        return loss, outputs[0].float()
+
+    def bad_parameters(self) -> list[str]:
+        """Name the parameters whose values or gradients are not finite."""
+        return [
+            name
+            for name, p in self.network.named_parameters()
+            if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
+        ]
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        data = batch.data.to(self._device, non_blocking=True)
+        labels = batch.labels.to(self._device, non_blocking=True)
+        target = region_targets(labels, self._label_map) if self._label_map.has_regions else labels
+        with autocast(self._device, self._precision):
+            outputs = self.network(data)
+        if isinstance(outputs, Tensor):
+            outputs = [outputs]
+        return self._loss(outputs, target), outputs

@@ -1,0 +1,451 @@
+"""Train one fold: epochs of steps, validation and checkpoints, from a store of patches to weights.
+
+Sampling, augmentation, the step, the schedule and the files are in modules of their own; this one
+puts them in order and keeps the promises: a checkpoint per epoch, a state saved on SIGTERM, and on
+a CPU a resumed run that equals an undisturbed one bit for bit.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from medmamba.dataset import Split
+from medmamba.errors import CheckpointError, TrainingError
+from medmamba.files import hash_values, require_writable_folder, to_plain
+from medmamba.labels import LabelMap
+from medmamba.networks import build_network
+from medmamba.networks.spec import NetworkSpec
+from medmamba.preprocessing.store import CaseStore
+from medmamba.training import checkpoint as checkpoints
+from medmamba.training.checkpoint import BEST, LATEST, RunState
+from medmamba.training.draws import preset_of
+from medmamba.training.interruption import StopRequest, stop_on_signals
+from medmamba.training.loading import BatchLoader
+from medmamba.training.precision import (
+    choose_precision,
+    deterministic_algorithms,
+    resolve_device,
+)
+from medmamba.training.progress import EpochReport, RunLog, memory_gb, write_run_record
+from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.sampling import Batch, PatchSampler, SamplingSettings, Stream
+from medmamba.training.schedule import Clock, make_schedule
+from medmamba.training.stepping import Stepper
+from medmamba.training.validation import Validation, validate
+from medmamba.volume import Grid
+
+logger = logging.getLogger(__name__)
+
+LOG, RUN_RECORD, CURVES = "log.jsonl", "run.json", "curves.png"
+
+EMA_KEEP = 0.9
+"""Share of the old value in the smoothed validation Dice (nnU-Net)."""
+
+BAD_STEPS_ALLOWED = 10
+"""Consecutive steps without a finite loss and gradient after which training stops."""
+
+CURVES_EVERY_S = 300.0
+"""Drawing costs about a second, so curves are redrawn this often, and at the end."""
+
+HASH_LENGTH = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """One fold to train.
+
+    Args:
+        run_folder: where checkpoints, log and curves go.
+        store_folder: preprocessed cases.
+        split: cases to train on and to validate with.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        max_time_s: budget for everything, instead of the recipe's epochs and iterations.
+        deterministic: bit-exact on GPUs too; CPU runs always are.
+        outside_is_zero_channels: channels normalised inside a mask, set to 0 outside it.
+        extend: a resumed run may get another length than it began with.
+    """
+
+    run_folder: Path
+    network: NetworkSpec
+    grid: Grid
+    recipe: TrainingRecipe
+    label_map: LabelMap
+    store_folder: Path
+    split: Split
+    device: str = "auto"
+    precision: str = "auto"
+    seed: int = 0
+    max_time_s: float | None = None
+    deterministic: bool = False
+    outside_is_zero_channels: tuple[int, ...] = ()
+    extend: bool = False
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be equal for a checkpoint to be of this run."""
+        recipe = {k: v for k, v in to_plain(self.recipe).items() if k not in _LENGTH_KEYS}
+        values = {
+            "plan": [self.network, self.grid, self.label_map],
+            "recipe": recipe,
+            "split": self.split,
+        }
+        hashes = {k: hash_values(to_plain(v))[:HASH_LENGTH] for k, v in values.items()}
+        return {"network": self.network.name, **hashes, "seed": str(self.seed)}
+
+    @property
+    def length(self) -> str:
+        """The schedule's length in words."""
+        if self.max_time_s is not None:
+            return f"{self.max_time_s:g} s"
+        return f"{self.recipe.epochs} epochs of {self.recipe.iterations} iterations"
+
+
+_LENGTH_KEYS = ("epochs", "iterations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run left.
+
+    Args:
+        epochs, iterations: done in all.
+        dice: validation Dice of patches after the last epoch.
+        best_dice: highest smoothed validation Dice.
+        latest, best: checkpoints; see ``checkpoint.prediction_weights``.
+    """
+
+    run_folder: Path
+    epochs: int
+    iterations: int
+    dice: float
+    best_dice: float
+    elapsed_s: float
+    latest: Path
+    best: Path
+    precision: str
+
+
+def train_fold(
+    setup: TrainingSetup,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[EpochReport], None] | None = None,
+) -> TrainingResult:
+    """Train until the schedule ends.
+
+    Args:
+        setup: the fold.
+        resume: go on from the latest checkpoint, or start if there is none yet.
+        on_progress: called after every epoch.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another run.
+        EnvironmentFault: the device or the folder cannot be used, or memory or disk are full.
+        TrainingError: the loss is not finite (E_TRAIN_NONFINITE), a case cannot be read
+            (E_TRAIN_LOADER), or a signal asked to stop; the last state is kept.
+    """
+    clock = Clock()
+    require_writable_folder(setup.run_folder)
+    deterministic = deterministic_algorithms(setup.deterministic)
+    with stop_on_signals() as stop, deterministic:
+        run = _FoldRun(setup, clock, resume=resume)
+        try:
+            run.train(stop, on_progress)
+        finally:
+            run.log.close()
+        return run.result()
+
+
+class _FoldRun:
+    """The loop's state: everything a checkpoint holds, live."""
+
+    def __init__(self, setup: TrainingSetup, clock: Clock, *, resume: bool) -> None:
+        self.setup = setup
+        self.device = resolve_device(setup.device)
+        self.precision = choose_precision(self.device, setup.precision)
+        self.latest = setup.run_folder / LATEST
+        self.best = setup.run_folder / BEST
+        torch.manual_seed(_model_seed(setup.seed, 0))
+        network = build_network(setup.network).to(self.device)
+        self.stepper = Stepper(
+            network, setup.recipe, setup.label_map, device=self.device, precision=self.precision
+        )
+        self.state = self._initial_state(resume)
+        clock.before_s = self.state.elapsed_s
+        self.schedule = make_schedule(setup.recipe, clock, setup.max_time_s)
+        self.log = RunLog(setup.run_folder / LOG, keep_bytes=self.state.log_bytes)
+        self.losses = list(self.state.losses)
+        self._norms: list[float] = []
+        self._skipped = 0
+        self._training_s = self._waiting_s = 0.0
+        self._curves_at = clock.elapsed_s()
+        self._batch_size = _batch_size(setup.recipe, self.device)
+        self._store = CaseStore(setup.store_folder)
+        self._record_start()
+
+    def _initial_state(self, resume: bool) -> RunState:
+        setup = self.setup
+        if resume and self.latest.exists():
+            return self._restore()
+        if resume:
+            logger.warning("%s does not exist yet; the run starts at its beginning", self.latest)
+        for stale in (self.latest, self.best):
+            stale.unlink(missing_ok=True)
+        return RunState(identity=setup.identity, length=setup.length)
+
+    def _restore(self) -> RunState:
+        found = checkpoints.load_checkpoint(self.latest)
+        state = found.state
+        checkpoints.require_identity(self.latest, state.identity, self.setup.identity)
+        if state.length != self.setup.length and not self.setup.extend:
+            raise CheckpointError(
+                f"checkpoint {self.latest}: its run was laid out for {state.length}, this one is "
+                f"for {self.setup.length}. Resume with the same length, or extend it explicitly."
+            )
+        stepper = self.stepper
+        checkpoints.restore_network(stepper.network, found, self.latest)
+        checkpoints.restore_optimizer(stepper.optimizer, stepper.network, found)
+        if stepper.average is not None:
+            checkpoints.restore_average(stepper.average, found)
+        if state.scaler:
+            stepper.scaler.load_state_dict(dict(state.scaler))
+        return dataclasses.replace(state, length=self.setup.length)
+
+    def _record_start(self) -> None:
+        write_run_record(
+            self.setup.run_folder / RUN_RECORD,
+            device=self.device,
+            identity=self.setup.identity,
+            settings={
+                "precision": self.precision,
+                "batch_size": self._batch_size,
+                "seed": self.setup.seed,
+                "length": self.setup.length,
+                "resumed_at_iteration": self.state.iteration,
+                "recipe": to_plain(self.setup.recipe),
+                "network": to_plain(self.setup.network),
+                "split": to_plain(self.setup.split),
+            },
+        )
+
+    def _sampler(self, stream: Stream) -> PatchSampler:
+        setup, training = self.setup, stream is Stream.TRAINING
+        settings = SamplingSettings(
+            patch_size=setup.grid.patch_size,
+            batch_size=self._batch_size,
+            oversample_foreground=setup.recipe.oversample_foreground,
+            preset=preset_of(setup.recipe.augmentation if training else "none"),
+            mirror_axes=setup.recipe.mirror_axes,
+            dummy_2d=setup.recipe.dummy_2d,
+            outside_is_zero_channels=setup.outside_is_zero_channels,
+            device=str(self.device),
+        )
+        cases = setup.split.train if training else setup.split.validation
+        return PatchSampler(self._store.open, cases, settings, seed=setup.seed, stream=stream)
+
+    def train(self, stop: StopRequest, on_progress: Callable[[EpochReport], None] | None) -> None:
+        validation = self._sampler(Stream.VALIDATION)
+        with BatchLoader(self._sampler(Stream.TRAINING), first=self.state.iteration) as loader:
+            while not self.schedule.finished(self.state.epoch):
+                self._train_epoch(loader, stop)
+                report = self._finish_epoch(validation)
+                if on_progress is not None:
+                    on_progress(report)
+                if stop.signal_number is not None:
+                    raise stop.error(str(self.latest))
+        if not self.state.finished:
+            self._save(finished=True)
+        self._draw_curves(force=True)
+
+    def _train_epoch(self, loader: BatchLoader, stop: StopRequest) -> None:
+        self.stepper.network.train()
+        while self.schedule.goes_on(self.state.epoch, self.state.steps):
+            if stop.signal_number is not None:
+                self._save()
+                raise stop.error(str(self.latest))
+            begun = time.monotonic()
+            batch = loader.next()
+            self._waiting_s += time.monotonic() - begun
+            self._step(batch)
+            seconds = time.monotonic() - begun
+            self._training_s += seconds
+            self.schedule.step_took(seconds)
+
+    def _step(self, batch: Batch) -> None:
+        state = self.state
+        rate = self.schedule.learning_rate(state.epoch, state.steps)
+        torch.manual_seed(_model_seed(self.setup.seed, 1 + state.iteration))
+        outcome = self.stepper.train(batch, rate, state.iteration)
+        bad_steps = 0 if outcome.applied else state.bad_steps + 1
+        self.log.write(
+            {
+                "kind": "step", "iteration": state.iteration, "epoch": state.epoch,
+                "loss": outcome.loss, "lr": rate, "gradient_norm": outcome.gradient_norm,
+            }
+        )  # fmt: skip
+        if outcome.applied:
+            self.losses.append(outcome.loss)
+            self._norms.append(outcome.gradient_norm)
+        else:
+            self._guard(batch, outcome.loss, bad_steps)
+        self.state = dataclasses.replace(
+            state, steps=state.steps + 1, iteration=state.iteration + 1, bad_steps=bad_steps
+        )
+
+    def _guard(self, batch: Batch, loss: float, bad_steps: int) -> None:
+        self._skipped += 1
+        cases = ", ".join(dict.fromkeys(batch.cases))
+        scaling = self.precision == "fp16" and math.isfinite(loss)
+        level = logging.INFO if scaling else logging.WARNING
+        logger.log(level, "iteration %d skipped: loss %g, cases %s", batch.iteration, loss, cases)
+        if bad_steps <= BAD_STEPS_ALLOWED:
+            return
+        bad = self.stepper.bad_parameters()
+        where = f"first bad tensor: {bad[0]}" if bad else "all weights are finite"
+        raise TrainingError(
+            f"loss or gradient was not finite in {bad_steps} steps in a row, the last with cases "
+            f"{cases} (loss {loss}, {where}). The last good checkpoint is {self.latest}. Check "
+            "these cases, or train with --precision fp32 or a lower learning rate.",
+            code="E_TRAIN_NONFINITE",
+        )
+
+    def _finish_epoch(self, sampler: PatchSampler) -> EpochReport:
+        begun = time.monotonic()
+        validation = self._validate(sampler)
+        state, dice = self.state, validation.dice
+        ema, best = state.ema_dice, state.best_dice
+        if dice == dice:
+            ema = dice if ema is None else EMA_KEEP * ema + (1 - EMA_KEEP) * dice
+        is_best = ema is not None and (best is None or ema > best)
+        report = self._report(validation, ema=ema, is_best=is_best)
+        self.log.write({"kind": "epoch", **dataclasses.asdict(report)})
+        self.state = dataclasses.replace(
+            state,
+            epoch=state.epoch + 1,
+            steps=0,
+            dice=None if dice != dice else dice,
+            ema_dice=ema,
+            best_dice=ema if is_best else best,
+            validation_batches=validation.batches,
+        )
+        self.losses, self._norms, self._skipped = [], [], 0
+        self._training_s = self._waiting_s = 0.0
+        self._save(finished=self.schedule.finished(self.state.epoch), best=is_best)
+        self._draw_curves()
+        self.schedule.overhead_took(time.monotonic() - begun)
+        return report
+
+    def _validate(self, sampler: PatchSampler) -> Validation:
+        network, average = self.stepper.network, self.stepper.average
+        settled = self.state.validation_batches
+        begun = time.monotonic()
+
+        def goes_on(batches: int) -> bool:
+            if settled is not None:
+                return batches < settled
+            return self.schedule.validation_goes_on(batches, time.monotonic() - begun)
+
+        limit = self.setup.recipe.validation_iterations if settled is None else settled
+        weights = None
+        if average is not None:
+            weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
+            network.load_state_dict(average.tensors)
+        network.eval()
+        with BatchLoader(sampler, first=0, stop=limit) as loader:
+            found = validate(loader.next, self.stepper.evaluate, self.setup.label_map, goes_on)
+        if weights is not None:
+            network.load_state_dict(weights)
+        return found
+
+    def _report(self, validation: Validation, *, ema: float | None, is_best: bool) -> EpochReport:
+        state, training_s = self.state, max(self._training_s, 1e-9)
+        steps = max(len(self.losses) + self._skipped, 1)
+        return EpochReport(
+            epoch=state.epoch,
+            epochs=self.schedule.epochs,
+            iteration=state.iteration,
+            loss=fmean(self.losses) if self.losses else float("nan"),
+            validation_loss=validation.loss,
+            dice=validation.dice,
+            dice_per_class=validation.dice_per_class,
+            ema_dice=float("nan") if ema is None else ema,
+            is_best=is_best,
+            learning_rate=float(self.stepper.optimizer.param_groups[0]["lr"]),
+            gradient_norm=fmean(self._norms) if self._norms else float("nan"),
+            skipped_steps=self._skipped,
+            seconds=training_s,
+            elapsed_s=self.schedule.elapsed_s(),
+            remaining_s=self.schedule.remaining_s(state.epoch + 1, 0),
+            patches_per_s=steps * self._batch_size / training_s,
+            loading_share=self._waiting_s / training_s,
+            memory_gb=memory_gb(self.device),
+        )
+
+    def _save(self, *, finished: bool = False, best: bool = False) -> None:
+        scaler = self.stepper.scaler
+        self.state = dataclasses.replace(
+            self.state,
+            losses=tuple(self.losses),
+            elapsed_s=self.schedule.elapsed_s(),
+            log_bytes=self.log.sync(),
+            scaler=dict(scaler.state_dict()) if scaler.is_enabled() else None,
+            finished=finished,
+        )
+        network, average = self.stepper.network, self.stepper.average
+        if best:
+            checkpoints.save_checkpoint(
+                self.best, self.state, network=network, optimizer=None, average=average
+            )
+        checkpoints.save_checkpoint(
+            self.latest,
+            self.state,
+            network=network,
+            optimizer=self.stepper.optimizer,
+            average=average,
+        )
+
+    def _draw_curves(self, *, force: bool = False) -> None:
+        now = self.schedule.elapsed_s()
+        if not force and now - self._curves_at < CURVES_EVERY_S:
+            return
+        from medmamba.evaluation.curves import plot_curves
+        from medmamba.training.progress import read_log
+
+        self._curves_at = now
+        self.log.sync()
+        plot_curves(read_log(self.log.path), self.setup.run_folder / CURVES)
+
+    def result(self) -> TrainingResult:
+        state = self.state
+        return TrainingResult(
+            run_folder=self.setup.run_folder,
+            epochs=state.epoch,
+            iterations=state.iteration,
+            dice=float("nan") if state.dice is None else state.dice,
+            best_dice=float("nan") if state.best_dice is None else state.best_dice,
+            elapsed_s=self.schedule.elapsed_s(),
+            latest=self.latest,
+            best=self.best,
+            precision=self.precision,
+        )
+
+
+def _batch_size(recipe: TrainingRecipe, device: torch.device) -> int:
+    if device.type == "cpu" and recipe.cpu_batch_size is not None:
+        return min(recipe.batch_size, recipe.cpu_batch_size)
+    return recipe.batch_size
+
+
+def _model_seed(seed: int, number: int) -> int:
+    # Every step has its own seed, so that stochastic depth needs no stored random state.
+    sequence = np.random.SeedSequence((seed, int(Stream.MODEL), number))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
