@@ -10,6 +10,7 @@ from medmamba.networks.lightm_unet import (
     LIGHTM_UNET_PLAN,
     LIGHTM_UNET_S,
 )
+from medmamba.networks.mambaclinix import MAMBACLINIX, MAMBACLINIX_GATED
 from medmamba.networks.spec import NetworkSpec
 from medmamba.networks.umamba import UMAMBA_BOT, UMAMBA_ENC
 from medmamba.networks.umamba_v1 import UMAMBA_BOT_V1, UMAMBA_ENC_V1
@@ -20,6 +21,8 @@ NETWORKS: dict[str, NetworkDefinition] = {
     "lightm_unet_m": LIGHTM_UNET_M,
     "lightm_unet_plan": LIGHTM_UNET_PLAN,
     "lightm_unet_s": LIGHTM_UNET_S,
+    "mambaclinix": MAMBACLINIX,
+    "mambaclinix_gated": MAMBACLINIX_GATED,
     "plain_unet": PLAIN_UNET,
     "resenc_unet": RESENC_UNET,
     "umamba_bot": UMAMBA_BOT,

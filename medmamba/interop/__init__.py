@@ -1,0 +1,1 @@
+"""Exchange with other projects: their networks, checkpoints, plans and folders."""

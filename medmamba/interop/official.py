@@ -1,0 +1,182 @@
+"""The official networks: built from their own constructor arguments, filled from their own files.
+
+What each argument means is read off the official classes; a value we do not compute is refused
+by name. Names of tensors are ``official_keys.py``'s, reading of files is ``foreign.py``'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from medmamba.errors import BundleError
+from medmamba.interop.official_keys import has_aliases, merge_aliases, official_names
+from medmamba.networks import build_network
+from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.weights import load_exactly
+
+Constructor = Mapping[str, Any]
+
+MINIMUM_EDGE = 4
+"""Voxels per axis at the deepest stage, where a constructor says nothing of the patch (nnU-Net)."""
+
+FIXED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "conv_bias": (True,),
+        "dropout_op": (None,),
+        "dropout_op_kwargs": (None, {}),
+        "nonlin_first": (False,),
+        "nonlin": ("LeakyReLU",),
+        "norm_op": ("InstanceNorm2d", "InstanceNorm3d"),
+    }
+)
+"""Arguments of nnU-Net's family that have one value in all official plans."""
+
+
+def build(network: str, constructor: Constructor) -> nn.Module:
+    """Build a network as an official class would be built.
+
+    Args:
+        network: name of the official class.
+        constructor: its arguments as plain values; classes by their names.
+
+    Raises:
+        BundleError: an unknown class, or an argument with a value we do not compute.
+    """
+    return build_network(read_constructor(network, constructor))
+
+
+def read_constructor(network: str, constructor: Constructor) -> NetworkSpec:
+    """Return the spec that describes what an official class would build.
+
+    Raises:
+        BundleError: an unknown class, or an argument with a value we do not compute.
+    """
+    if network not in READERS:
+        raise BundleError(
+            f"network class {network!r} is not known. Known: {', '.join(sorted(READERS))}."
+        )
+    try:
+        return READERS[network](constructor)
+    except KeyError as error:
+        raise BundleError(
+            f"network class {network}: its argument {error.args[0]!r} is missing."
+        ) from error
+
+
+def load_official_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a module from an official state dict, under whichever names its tensors have.
+
+    Accepted besides the plain names: ``all_modules`` and ``decoder.encoder`` aliases, and the
+    prefixes ``module.`` and ``_orig_mod.``.
+
+    Raises:
+        BundleError: naming tensors that are missing, unexpected, misshapen or contradictory.
+    """
+    aliased = has_aliases(module.state_dict())
+    load_exactly(module, merge_aliases(state, aliased=aliased), what="official state dict")
+
+
+def official_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict that the official class loads, every alias included."""
+    own = module.state_dict()
+    if not has_aliases(own):
+        return dict(own)
+    return {alias: tensor for name, tensor in own.items() for alias in official_names(name)}
+
+
+def _planned(name: str, constructor: Constructor) -> NetworkSpec:
+    """Read the arguments shared by nnU-Net's U-Nets and everything derived from them."""
+    _require_fixed(name, constructor)
+    stages = int(constructor["n_stages"])
+    operator = str(constructor["conv_op"])
+    dimension = 2 if operator.endswith("2d") else 3
+    strides = _rows(constructor["strides"], stages, dimension)
+    divisor = [prod(row[axis] for row in strides) for axis in range(dimension)]
+    blocks = constructor.get("n_conv_per_stage", constructor.get("n_blocks_per_stage"))
+    if blocks is None:
+        raise KeyError("n_conv_per_stage")
+    patch = constructor.get("input_size") or [MINIMUM_EDGE * multiple for multiple in divisor]
+    return NetworkSpec(
+        name=name,
+        in_channels=int(constructor["input_channels"]),
+        out_channels=int(constructor["num_classes"]),
+        patch_size=tuple(int(size) for size in patch),
+        features=_numbers(constructor["features_per_stage"], stages),
+        strides=strides,
+        kernel_sizes=_rows(constructor["kernel_sizes"], stages, dimension),
+        encoder_blocks=_numbers(blocks, stages),
+        decoder_blocks=_numbers(constructor["n_conv_per_stage_decoder"], stages - 1),
+    )
+
+
+def _lightm(constructor: Constructor) -> NetworkSpec:
+    """Read LightM-UNet's arguments, with the defaults of its class."""
+    dimension = int(constructor.get("spatial_dims", 3))
+    down = tuple(int(blocks) for blocks in constructor.get("blocks_down", (1, 2, 2, 4)))
+    up = tuple(int(blocks) for blocks in constructor.get("blocks_up", (1, 1, 1)))
+    filters, stages = int(constructor.get("init_filters", 8)), len(down)
+    return NetworkSpec(
+        name="lightm_unet",
+        in_channels=int(constructor.get("in_channels", 1)),
+        out_channels=int(constructor.get("out_channels", 2)),
+        patch_size=(MINIMUM_EDGE * 2 ** (stages - 1),) * dimension,
+        features=tuple(filters * 2**stage for stage in range(stages)),
+        strides=((1,) * dimension,) + ((2,) * dimension,) * (stages - 1),
+        kernel_sizes=((3,) * dimension,) * stages,
+        encoder_blocks=down,
+        decoder_blocks=up,
+    )
+
+
+def _require_fixed(name: str, constructor: Constructor) -> None:
+    for key, allowed in FIXED.items():
+        value = constructor.get(key, allowed[0])
+        plain = str(value).rsplit(".", 1)[-1] if isinstance(value, str) else value
+        if plain not in allowed:
+            raise BundleError(
+                f"network {name}: {key} = {value!r} is not supported, only {allowed[0]!r}."
+            )
+    norm = constructor.get("norm_op_kwargs") or {}
+    slope = (constructor.get("nonlin_kwargs") or {}).get("negative_slope", 0.01)
+    if norm.get("eps", 1e-5) != 1e-5 or not norm.get("affine", True) or slope != 0.01:
+        raise BundleError(
+            f"network {name}: norm {dict(norm)} and slope {slope} are not supported, only "
+            "affine instance norm with eps 1e-5 and slope 0.01."
+        )
+
+
+def _numbers(value: int | Sequence[int], length: int) -> tuple[int, ...]:
+    """Repeat one number for every stage; keep a list."""
+    return (value,) * length if isinstance(value, int) else tuple(int(item) for item in value)
+
+
+def _rows(
+    value: int | Sequence[int | Sequence[int]], stages: int, dimension: int
+) -> tuple[tuple[int, ...], ...]:
+    """Bring sizes given once, per stage, or per stage and axis to the last form."""
+    per_stage = (value,) * stages if isinstance(value, int) else value
+    return tuple(_numbers(row, dimension) for row in per_stage)
+
+
+def _planned_reader(name: str) -> Callable[[Constructor], NetworkSpec]:
+    return lambda constructor: _planned(name, constructor)
+
+
+READERS: Mapping[str, Callable[[Constructor], NetworkSpec]] = MappingProxyType(
+    {
+        "PlainConvUNet": _planned_reader("plain_unet"),
+        "ResidualEncoderUNet": _planned_reader("resenc_unet"),
+        "UMambaBot2d": _planned_reader("umamba_bot"),
+        "UMambaBot3d": _planned_reader("umamba_bot"),
+        "UMambaBotV1": _planned_reader("umamba_bot_v1"),
+        "UMambaEnc2d": _planned_reader("umamba_enc"),
+        "UMambaEnc3d": _planned_reader("umamba_enc"),
+        "UMambaEncV1": _planned_reader("umamba_enc_v1"),
+        "MambaClinix": _planned_reader("mambaclinix"),
+        "LightMUNet": _lightm,
+    }
+)
+"""Official classes by name. The two baselines are nnU-Net's own."""

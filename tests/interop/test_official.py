@@ -1,0 +1,379 @@
+"""Official networks against golden numbers, and the names of their tensors.
+
+Every case under the fixtures folder runs, found by its ``case.json``; parameters follow the rule
+stated in the folder's README, so a case needs no stored weights.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from medmamba.errors import BundleError
+from medmamba.interop.official import build, load_official_state, official_state
+from medmamba.networks.lightm_unet import MambaLayer as LightMambaLayer
+from medmamba.networks.mambaclinix import MambaLayer as ClinixMambaLayer
+from medmamba.networks.mambaclinix import RecursiveBlock
+from medmamba.networks.mixer import make_mixer
+from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.ssm import Mamba
+from medmamba.networks.token_layer import OPTIONS, TokenLayer
+
+EXACT = 1e-8
+"""Relative, max-norm, float64 against float64."""
+STORED_FLOAT32 = 1e-6
+"""Relative, for outputs that the case stores as float32."""
+ROUNDING = 1.01
+"""Lower-resolution outputs were computed in float32. The case states their distance from
+float64, to three digits, and ours must be no farther from them."""
+VANISHES = 1e-12
+"""A gradient below this part of the largest one is a true zero (a bias before a norm)."""
+OFFICIAL_ERROR_FACTOR = 10
+"""Our float32 error against float64 may be this many times the official code's own."""
+LARGE = 20_000_000
+"""Parameters from which a case belongs to the slow tier."""
+
+
+def fixtures_folder(config: pytest.Config) -> Path:
+    plugins = config.pluginmanager.get_plugins()
+    root = next(
+        plugin
+        for plugin in plugins
+        if isinstance(plugin, ModuleType) and hasattr(plugin, "fixtures_folder")
+    )
+    return Path(root.fixtures_folder(config))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name in ("networks", "blocks"):
+        argument = f"{name.removesuffix('s')}_case"
+        if argument in metafunc.fixturenames:
+            folder = fixtures_folder(metafunc.config) / name
+            files = sorted(folder.glob("*/case.json"))
+            metafunc.parametrize(argument, [_parameter(file) for file in files])
+
+
+def _parameter(file: Path) -> Any:
+    count = json.loads(file.read_text()).get("n_parameters", 0)
+    marks = [pytest.mark.slow] if count > LARGE else []
+    return pytest.param(file.parent, id=file.parent.name, marks=marks)
+
+
+def draw(tag: str, shape: tuple[int, ...]) -> np.ndarray:
+    generator = np.random.RandomState(zlib.crc32(tag.encode()))
+    return generator.standard_normal(int(np.prod(shape))).reshape(shape)
+
+
+def draw_parameter(row: dict[str, Any]) -> np.ndarray:
+    shape = tuple(row["shape"])
+    value = draw(row["key"], shape) * row["std"] + row["mean"]
+    if row["base"] == "log_arange":
+        value = value + np.log(np.arange(1, shape[-1] + 1))
+    else:
+        assert row["base"] == "const"
+    return value.astype(np.float32)
+
+
+def draw_state(case: dict[str, Any]) -> dict[str, Tensor]:
+    """The official state dict of a case, aliases included."""
+    digest = hashlib.sha256()
+    state: dict[str, Tensor] = {}
+    for row in case["params"]:
+        value = draw_parameter(row)
+        digest.update(value.astype("<f4").tobytes())
+        state[row["key"]] = torch.from_numpy(value)
+    assert digest.hexdigest() == case["params_sha256"]
+    return state | {alias: state[key] for alias, key in case["aliases"].items()}
+
+
+def relative(found: Tensor, golden: Tensor) -> float:
+    assert found.shape == golden.shape
+    found = found.detach()
+    scale = golden.abs().max().double()
+    return float((found.double() - golden.double()).abs().max() / scale)
+
+
+def read_case(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return json.loads((folder / "case.json").read_text()), load_file(folder / "io.safetensors")
+
+
+def filled(case: dict[str, Any]) -> nn.Module:
+    network = build(case["network"], case["constructor"])
+    load_official_state(network, draw_state(case))
+    return network.eval()
+
+
+def test_parameter_count_is_official(network_case: Path) -> None:
+    case, _ = read_case(network_case)
+    network = build(case["network"], case["constructor"])
+    assert sum(parameter.numel() for parameter in network.parameters()) == case["n_parameters"]
+
+
+def test_round_trip_gives_every_official_key(network_case: Path) -> None:
+    case, _ = read_case(network_case)
+    state = draw_state(case)
+    written = official_state(filled(case))
+    assert set(written) == set(state)
+    assert all(torch.equal(written[key], state[key]) for key in state)
+    assert len(filled(case).state_dict()) == len(case["params"])
+
+
+def test_wrapper_prefixes_are_accepted(network_case: Path) -> None:
+    case, _ = read_case(network_case)
+    network = build(case["network"], case["constructor"])
+    state = draw_state(case)
+    load_official_state(network, {f"module._orig_mod.{key}": value for key, value in state.items()})
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_float64_outputs_equal_golden(network_case: Path) -> None:
+    case, golden = read_case(network_case)
+    network = filled(case).double()
+    # The stored input is float32, and the official code was run on it.
+    image = golden["input"].double()
+    with torch.no_grad():
+        single = network(image)
+        network.deep_supervision = True
+        several = network(image)
+    assert relative(single, golden["output_f64"]) < EXACT
+    assert isinstance(several, list)
+    assert torch.equal(several[0], single)
+    lower = [key for key in golden if key.startswith("ds_output.")]
+    assert len(several) - 1 == len(lower)
+    assert [list(output.shape) for output in several] == case.get("ds_shapes", [list(single.shape)])
+    for level, output in enumerate(several[1:], start=1):
+        stored = golden[f"ds_output.{level}"]
+        worst, _ = case["ds_fp32_vs_f64_max_and_rms"][level]
+        allowed = max(STORED_FLOAT32, ROUNDING * worst / float(stored.abs().max()))
+        assert relative(output, stored) < allowed
+
+
+def test_float32_error_is_like_the_official_codes(network_case: Path) -> None:
+    case, golden = read_case(network_case)
+    network = filled(case)
+    with torch.no_grad():
+        error = (network(golden["input"]).double() - golden["output_f64"]).abs()
+    worst, rms = case["fp32_vs_f64_max_and_rms"]
+    assert float(error.max()) < OFFICIAL_ERROR_FACTOR * worst
+    assert float(error.square().mean().sqrt()) < OFFICIAL_ERROR_FACTOR * rms
+
+
+def test_float64_gradients_equal_golden(network_case: Path) -> None:
+    case, golden = read_case(network_case)
+    if "param_grads" not in case:
+        pytest.skip("the case states no gradients")
+    network = filled(case).double()
+    network.deep_supervision = True
+    image = golden["input"].double().requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for level, output in enumerate(network(image)):
+        weight = draw(f"{case['case']}/w.{level}", tuple(output.shape))
+        loss = loss + (output * torch.from_numpy(weight)).sum()
+    assert float(loss.detach()) == pytest.approx(case["loss_f64"], rel=EXACT)
+    loss.backward()
+    assert image.grad is not None
+    assert relative(image.grad, golden["grad_input_f64"]) < EXACT
+    compare_gradients(case["param_grads"], dict(network.named_parameters()))
+
+
+def compare_gradients(golden: dict[str, Any], parameters: dict[str, nn.Parameter]) -> None:
+    assert set(golden) == set(parameters)
+    largest = max(norm for norm, _ in filter(None, golden.values()))
+    wrong = []
+    for key, expected in golden.items():
+        gradient = parameters[key].grad
+        if expected is None:
+            assert gradient is None or not gradient.any(), f"{key} must get no gradient"
+            continue
+        assert gradient is not None, f"{key} gets no gradient"
+        norm = float(gradient.norm())
+        if expected[0] < VANISHES * largest:
+            assert norm < VANISHES * largest, f"{key}: {norm}, zero expected"
+            continue
+        probe = torch.from_numpy(draw(f"{key}/probe", tuple(gradient.shape)))
+        dot = float((gradient * probe).sum())
+        error = max(abs(norm - expected[0]), abs(dot - expected[1])) / max(map(abs, expected))
+        if error > EXACT:
+            wrong.append((key, error))
+    assert not wrong
+
+
+def channels_first(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def block_spec(dimension: int) -> NetworkSpec:
+    return NetworkSpec(
+        name="block",
+        in_channels=1,
+        out_channels=1,
+        patch_size=(1,) * dimension,
+        features=(1,),
+        strides=((1,) * dimension,),
+        kernel_sizes=((3,) * dimension,),
+        encoder_blocks=(1,),
+        decoder_blocks=(),
+    )
+
+
+def make_mamba(arguments: dict[str, Any], _: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    layer = Mamba(**arguments)
+    return layer, layer
+
+
+def make_lightm(
+    arguments: dict[str, Any], dimension: int
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    width, out = arguments["input_dim"], arguments["output_dim"]
+    layer = LightMambaLayer(width, out, make_mixer("mamba", width, dimension))
+    return layer, channels_first(layer)
+
+
+def make_recursive(
+    arguments: dict[str, Any], dimension: int
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    assert arguments["transform_channels"] * 2 == arguments["channels"]
+    kernel = (arguments["kernel_size"],) * dimension
+    layer = RecursiveBlock(arguments["channels"], arguments["order"], kernel)
+    return layer, layer
+
+
+def make_clinix_layer(
+    arguments: dict[str, Any], dimension: int
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    width = arguments["input_dim"]
+    layer = ClinixMambaLayer(width, make_mixer("mamba", width, dimension))
+    return layer, layer
+
+
+def make_token_layer(
+    arguments: dict[str, Any], dimension: int
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    width, over_channels = arguments["dim"], arguments["channel_token"]
+    layer = TokenLayer(
+        block_spec(dimension), width, dict(OPTIONS), voxels=width if over_channels else None
+    )
+    return layer, layer
+
+
+BLOCKS: dict[str, Callable[..., tuple[nn.Module, Callable[[Tensor], Tensor]]]] = {
+    "mamba": make_mamba,
+    "hgcn": make_recursive,
+    "lightm_mamba_layer": make_lightm,
+    "mambaclinix_mamba_layer": make_clinix_layer,
+    "umamba_mamba_layer": make_token_layer,
+}
+
+
+def test_block_equals_golden(block_case: Path) -> None:
+    case, golden = read_case(block_case)
+    dimension = len(case["input_shape"]) - 2
+    layer, call = BLOCKS[case["block"]](case["constructor"], dimension)
+    state = draw_state(case)
+    layer.load_state_dict({row["key"]: state[row["key"]] for row in case["params"]})
+    layer.double().eval()
+    image = golden["input"].requires_grad_()
+    output = call(image)
+    assert relative(output, golden["output"]) < EXACT
+    output.backward(golden["grad_output"])
+    assert image.grad is not None
+    assert relative(image.grad, golden["grad_input"]) < EXACT
+    for key, parameter in layer.named_parameters():
+        if key in case["unused_params"]:
+            assert parameter.grad is None or not parameter.grad.any()
+        else:
+            assert parameter.grad is not None
+            assert relative(parameter.grad, golden[f"grad.{key}"]) < EXACT
+
+
+TINY = {
+    "input_channels": 1,
+    "n_stages": 2,
+    "features_per_stage": [4, 8],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+    "strides": [[1, 1, 1], [1, 2, 2]],
+    "n_conv_per_stage": 2,
+    "num_classes": 2,
+    "n_conv_per_stage_decoder": [2],
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def test_plan_arguments_build_nnunets_baseline() -> None:
+    network = build("PlainConvUNet", TINY)
+    state = official_state(network)
+    assert "encoder.stages.1.0.convs.1.all_modules.1.bias" in state
+    assert "decoder.encoder.stages.0.0.convs.0.all_modules.0.weight" in state
+    assert "decoder.transpconvs.0.weight" in state
+    assert state["decoder.transpconvs.0.weight"].shape == (8, 4, 1, 2, 2)
+    assert network(torch.zeros(1, 1, 3, 8, 8)).shape == (1, 2, 3, 8, 8)
+
+
+def test_aliases_alone_are_enough() -> None:
+    network = build("ResidualEncoderUNet", TINY)
+    state = official_state(network)
+    # Every encoder tensor under its rarest name only.
+    kept = {
+        key: value + 1
+        for key, value in state.items()
+        if key.startswith("decoder.")
+        and f"{key.replace('.conv.', '.all_modules.0.').replace('.norm.', '.all_modules.1.')}"
+        not in set(state) - {key}
+    }
+    load_official_state(network, kept)
+    loaded = official_state(network)
+    assert all(torch.equal(loaded[key], state_value) for key, state_value in kept.items())
+
+
+def test_contradicting_aliases_are_refused() -> None:
+    network = build("PlainConvUNet", TINY)
+    state = {key: value.clone() for key, value in official_state(network).items()}
+    state["decoder.encoder.stages.0.0.convs.0.conv.weight"] += 1
+    with pytest.raises(BundleError, match=r"stages\.0\.0\.convs\.0\.conv\.weight.*different"):
+        load_official_state(network, state)
+
+
+def test_missing_tensor_is_named() -> None:
+    network = build("PlainConvUNet", TINY)
+    state = official_state(network)
+    del state["decoder.seg_layers.0.bias"]
+    with pytest.raises(BundleError, match=r"1 missing \(decoder\.seg_layers\.0\.bias\)"):
+        load_official_state(network, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv_bias": False}, "conv_bias = False"),
+        ({"dropout_op": "torch.nn.Dropout3d"}, "dropout_op"),
+        ({"nonlin": "torch.nn.GELU"}, "nonlin"),
+        ({"norm_op": "torch.nn.BatchNorm3d"}, "norm_op"),
+        ({"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, "eps"),
+        ({"nonlin_kwargs": {"negative_slope": 0.2}}, "slope"),
+    ],
+)
+def test_arguments_we_do_not_compute_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        build("PlainConvUNet", TINY | change)
+
+
+def test_missing_argument_and_unknown_class_are_named() -> None:
+    with pytest.raises(BundleError, match="'strides' is missing"):
+        build("PlainConvUNet", {key: value for key, value in TINY.items() if key != "strides"})
+    with pytest.raises(BundleError, match="'VNet' is not known"):
+        build("VNet", {})
