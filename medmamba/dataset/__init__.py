@@ -4,6 +4,8 @@ Also which cases a path to predict means. Voxels are read through ``medmamba.io`
 """
 
 from medmamba.dataset.case import Case, Dataset, grid_difference, load_case
+from medmamba.dataset.inputs import CaseListing, Rejection, find_cases, safe_id
+from medmamba.dataset.problems import Problem, VerificationReport
 from medmamba.dataset.raw import open_dataset
 from medmamba.dataset.splits import (
     Split,
@@ -12,16 +14,25 @@ from medmamba.dataset.splits import (
     split_for_fold,
     write_splits,
 )
+from medmamba.dataset.verification import orientation_code, verify
 
 __all__ = [
     "Case",
+    "CaseListing",
     "Dataset",
+    "Problem",
+    "Rejection",
     "Split",
+    "VerificationReport",
+    "find_cases",
     "grid_difference",
     "load_case",
     "make_splits",
     "open_dataset",
+    "orientation_code",
     "read_splits",
+    "safe_id",
     "split_for_fold",
+    "verify",
     "write_splits",
 ]

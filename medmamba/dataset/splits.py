@@ -118,10 +118,10 @@ def write_splits(path: Path, splits: Sequence[Split]) -> None:
 
 
 def _as_split(path: Path, number: int, entry: Any) -> Split:
-    parts = [entry.get(key) for key in ("train", "val")] if isinstance(entry, dict) else [None]
-    if not all(isinstance(part, list) for part in parts):
+    lists = (entry.get("train"), entry.get("val")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(lists[0], list) or not isinstance(lists[1], list):
         raise DatasetError(f"{path}: fold {number} needs the lists 'train' and 'val'.")
-    train, validation = ({str(name) for name in part} for part in parts)
+    train, validation = {str(name) for name in lists[0]}, {str(name) for name in lists[1]}
     both = sorted(train & validation)
     if both and train != validation:
         raise DatasetError(

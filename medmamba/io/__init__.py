@@ -7,6 +7,7 @@ Which module reads a file follows from its suffix; readers are imported when fir
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def read_labels(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume,
             "Give a file of labels in one channel.",
             code="E_SHAPE_4D",
         )
-    array = as_labels(stored, path.name)
+    array, findings = as_labels(stored, path.name)
+    header = with_findings(header, findings)
     return Volume(array=array, geometry=header.geometry, kind=VolumeKind.LABELS), header
 
 
@@ -182,8 +184,6 @@ def with_findings(header: SourceHeader, findings: list[Finding]) -> SourceHeader
     """Return ``header`` with more warnings."""
     if not findings:
         return header
-    from dataclasses import replace
-
     return replace(header, warnings=(*header.warnings, *(str(item) for item in findings)))
 
 

@@ -57,8 +57,9 @@ class Gate:
 
 
 DEFAULT_GATE = Gate()
-TRAINING_GATE = Gate(assume_identity=True)
-"""Training compares voxels by index: a file without a coded position is usable, with a warning."""
+TRAINING_GATE = Gate(assume_identity=True, min_spacing_mm=1e-9, max_spacing_mm=1e9)
+"""Training compares voxels by index and knows no millimetres: a file without a coded position and
+microscopy at any scale are usable; verification warns of both."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,17 @@ import itertools
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medmamba.errors import InputError
+from medmamba.io.affine import (
+    PLANE_SLICE_MM,
+    Matrix,
+    column_of_length,
+    judge_shear,
+    judge_spacing,
+    numbers,
+    to_geometry,
+)
 from medmamba.io.header import Finding, Gate
 from medmamba.io.nifti_header import NiftiHeader
 from medmamba.volume import Geometry
@@ -21,18 +29,10 @@ _UNIT_NAMES = {1: "metres", 2: "millimetres", 3: "micrometres"}
 SPATIAL_UNITS_MASK = 0x07
 AMBIGUITY_VOXELS = 0.1
 """Transforms that differ by less than this at every corner say the same."""
-SHEAR_NOISE = 1e-3
-"""Largest deviation from right angles that rounding of a header explains."""
-SHEAR_LIMIT = 0.5
-"""Cosine of the flattest angle between axes (60 degrees) that straightening is offered for."""
 PIXDIM_AGREEMENT = 1e-4
 """Relative difference up to which pixdim is the more exact statement of the same spacing."""
 QUATERNION_NOISE = 1e-5
 """How far above one b^2 + c^2 + d^2 may lie in a rounded half turn."""
-PLANE_SLICE_MM = 999.0
-"""Slice distance given to a 2D image, in units of its coarser spacing: nnU-Net's convention."""
-
-Matrix = NDArray[np.float64]
 
 
 def read_transform(header: NiftiHeader, name: str, gate: Gate) -> tuple[Geometry, list[Finding]]:
@@ -50,11 +50,9 @@ def read_transform(header: NiftiHeader, name: str, gate: Gate) -> tuple[Geometry
         matrix, pixdim = _with_slice_axis(matrix, pixdim)
     _judge_pixdim_agreement(matrix, pixdim, _axes(header), findings)
     matrix = _settle_spacing(matrix, pixdim, factor)
-    _judge_spacing(matrix, _axes(header), name, gate)
-    _judge_shear(matrix, name, gate, findings)
-    # NIfTI counts voxels (x, y, z); ours are (D, H, W), hence the reversed columns.
-    ours = matrix[:, [2, 1, 0, 3]]
-    return Geometry.from_matrix(spatial_shape(header), ours), findings
+    judge_spacing(matrix, _axes(header), name, gate)
+    findings += judge_shear(matrix, name, gate)
+    return to_geometry(matrix, spatial_shape(header)), findings
 
 
 def spatial_shape(header: NiftiHeader) -> tuple[int, int, int]:
@@ -72,7 +70,7 @@ def _judge_pixdim(header: NiftiHeader, name: str) -> None:
     unusable = [value for value in stated if not math.isfinite(value) or value == 0]
     if any(value < 0 for value in stated) or (unusable and header.sform_code <= 0):
         raise InputError(
-            f"{name}: voxel spacing (pixdim) is {_numbers(stated)}; positive numbers are needed. "
+            f"{name}: voxel spacing (pixdim) is {numbers(stated)}; positive numbers are needed. "
             "Repair the header from the source of the image.",
             code="E_GEOM_SPACING",
         )
@@ -84,7 +82,7 @@ def _choose(header: NiftiHeader, name: str, gate: Gate, findings: list[Finding])
     if header.sform_code > 0 and sform is None:
         if qform is None:
             raise InputError(
-                f"{name}: the only transform (sform) is {_numbers(header.sform[0])}, ...; it is "
+                f"{name}: the only transform (sform) is {numbers(header.sform[0])}, ...; it is "
                 "singular or not finite. Repair the header from the source of the image.",
                 code="E_GEOM_SINGULAR",
             )
@@ -174,7 +172,7 @@ def _qform(header: NiftiHeader, name: str) -> Matrix:
     rest = 1.0 - (b * b + c * c + d * d)
     if not math.isfinite(rest) or rest < -QUATERNION_NOISE:
         raise InputError(
-            f"{name}: the rotation of qform, {_numbers(header.quaternion)}, is no unit quaternion. "
+            f"{name}: the rotation of qform, {numbers(header.quaternion)}, is no unit quaternion. "
             "Repair the header from the source of the image.",
             code="E_GEOM_QUATERN",
         )
@@ -196,7 +194,7 @@ def _qform(header: NiftiHeader, name: str) -> Matrix:
     matrix[:3, 3] = header.quaternion_offset
     if not np.isfinite(matrix).all():
         raise InputError(
-            f"{name}: the position of qform is {_numbers(header.quaternion_offset)}; finite "
+            f"{name}: the position of qform is {numbers(header.quaternion_offset)}; finite "
             "numbers are needed. Repair the header from the source of the image.",
             code="E_GEOM_SINGULAR",
         )
@@ -243,8 +241,8 @@ def _judge_pixdim_agreement(
         findings.append(
             Finding(
                 code="W_GEOM_PIXDIM",
-                message=f"pixdim {_numbers(pixdim[:axes])} is not the spacing of the transform, "
-                f"{_numbers(lengths)}; the transform is used.",
+                message=f"pixdim {numbers(pixdim[:axes])} is not the spacing of the transform, "
+                f"{numbers(lengths)}; the transform is used.",
             )
         )
 
@@ -262,62 +260,3 @@ def _settle_spacing(matrix: Matrix, pixdim: Matrix, factor: float) -> Matrix:
         if abs(length - pixdim[axis]) <= PIXDIM_AGREEMENT * length:
             settled[:3, axis] = column_of_length(matrix[:3, axis], float(pixdim[axis]) * factor)
     return settled
-
-
-def column_of_length(direction: Matrix, length: float) -> Matrix:
-    """Scale ``direction`` so that its norm, as numpy computes it, is exactly ``length``.
-
-    The largest component is moved by single units in the last place until it is.
-    """
-    column = np.asarray(direction / np.linalg.norm(direction) * length)
-    largest = int(np.abs(column).argmax())
-    for steps in (0, 1, -1, 2, -2, 3, -3, 4, -4):
-        trial = column.copy()
-        for _ in range(abs(steps)):
-            trial[largest] = np.nextafter(trial[largest], np.sign(steps) * np.inf)
-        if float(np.linalg.norm(trial)) == length:
-            return trial
-    return column
-
-
-def _judge_spacing(matrix: Matrix, axes: int, name: str, gate: Gate) -> None:
-    spacing = np.linalg.norm(matrix[:3, :axes], axis=0)
-    if not (
-        np.isfinite(spacing).all()
-        and spacing.min() >= gate.min_spacing_mm
-        and spacing.max() <= gate.max_spacing_mm
-    ):
-        raise InputError(
-            f"{name}: voxels measure {_numbers(spacing)} mm; {gate.min_spacing_mm:g} to "
-            f"{gate.max_spacing_mm:g} are plausible. Check spacing and unit in the header.",
-            code="E_GEOM_SPACING",
-        )
-
-
-def shear_of(matrix: Matrix) -> float:
-    """Largest absolute row sum of D'D - I, where D holds the unit directions of the axes."""
-    columns = matrix[:3, :3]
-    unit = columns / np.linalg.norm(columns, axis=0)
-    return float(np.abs(unit.T @ unit - np.eye(3)).sum(axis=1).max())
-
-
-def _judge_shear(matrix: Matrix, name: str, gate: Gate, findings: list[Finding]) -> None:
-    shear = shear_of(matrix)
-    if shear <= SHEAR_NOISE:
-        return
-    if shear > SHEAR_LIMIT or gate.strict:
-        raise InputError(
-            f"{name}: axes are not at right angles (deviation {shear:.3g}, at most "
-            f"{SHEAR_NOISE if gate.strict else SHEAR_LIMIT:g}). Resample it to a regular grid.",
-            code="E_GEOM_SHEAR",
-        )
-    findings.append(
-        Finding(
-            code="W_GEOM_RESAMPLED",
-            message=f"axes deviate from right angles by {shear:.3g} (tilted gantry?).",
-        )
-    )
-
-
-def _numbers(values: object) -> str:
-    return "(" + ", ".join(f"{float(value):.6g}" for value in np.ravel(np.asarray(values))) + ")"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medmamba.errors import InputError
+from medmamba.io.affine import judge_voxels
 from medmamba.io.header import Finding, Gate
 
 NIFTI1_BYTES = 348
@@ -193,12 +194,7 @@ def judge_header(header: NiftiHeader, name: str, gate: Gate) -> list[Finding]:
     _judge_shape(header, name)
     _judge_type(header, name)
     _judge_offset(header, name)
-    if header.voxels > gate.max_voxels:
-        raise InputError(
-            f"{name}: declares {header.voxels} values; the limit is {gate.max_voxels}. "
-            "Crop or split the image, or raise the limit.",
-            code="E_LIMIT_VOXELS",
-        )
+    judge_voxels(header.voxels, name, gate)
     if gate.max_bytes is not None and header.data_bytes > gate.max_bytes:
         raise InputError(
             f"{name}: needs {header.data_bytes} bytes; {gate.max_bytes} are allowed. "

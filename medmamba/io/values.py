@@ -1,5 +1,7 @@
 """What the numbers of an image or a label map must be before anything is computed from them."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,20 +106,26 @@ def _has_few_levels(channel: NDArray[np.float32], low: float, high: float) -> bo
     return bool(np.all((flat == low) | (flat == high)))
 
 
-def as_labels(stored: NDArray[np.generic], name: str) -> NDArray[np.integer]:
-    """Convert to int16, or int32 where values need it.
+def as_labels(
+    stored: NDArray[np.generic], name: str
+) -> tuple[NDArray[np.integer[Any]], list[Finding]]:
+    """Convert to int16, or int32 where values need it, and say whether values were rounded.
 
     Raises:
         InputError: values are not finite, not whole within a thousandth, or too large.
     """
-    array = stored
+    array, findings = stored, []
     if np.issubdtype(stored.dtype, np.floating):
         array = _rounded(stored, name)
+        changed = int(np.count_nonzero(array != stored))
+        if changed:
+            message = f"{changed} label values were rounded to whole numbers."
+            findings.append(Finding(code="W_VAL_ROUNDED", message=message))
     low, high = int(array.min()), int(array.max())
     for kind in (np.int16, np.int32):
         limits = np.iinfo(kind)
         if limits.min <= low and high <= limits.max:
-            return array.astype(kind, copy=False)
+            return array.astype(kind, copy=False), findings
     raise InputError(
         f"{name}: label values reach from {low} to {high}. Labels are small whole numbers; "
         "is this an image?",
