@@ -1,0 +1,1 @@
+"""What the data are (fingerprint), what will be done with them (plan), and why."""

@@ -1,0 +1,67 @@
+"""What a plan may cost: the memory it is made for, and how the price of a network is found."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from medmamba.files import RECORD_CONFIG
+from medmamba.networks.spec import NetworkSpec
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the user asks of the planner.
+
+    Args:
+        memory_gb: memory of the device to train on; the planner's reference when None.
+        spacing_mm: target spacing (z, y, x) of the raw images instead of the dataset's median.
+        device: ``cpu`` bounds the patch by time too, since there memory is not what is scarce.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    memory_gb: float | None = None
+    spacing_mm: tuple[float, ...] | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRules:
+    """What the planner must know of a network that is no plain U-Net.
+
+    Args:
+        dimensions: 2 and 3, as far as the network exists there.
+        arrange: from a spec with the plan's topology to the network's own.
+        divisor: required multiple of the patch per axis.
+        price: bytes needed to train a spec at a batch size.
+    """
+
+    dimensions: frozenset[int]
+    arrange: Callable[[NetworkSpec], NetworkSpec]
+    divisor: Callable[[NetworkSpec], tuple[int, ...]]
+    price: Callable[[NetworkSpec, int], int]
+
+
+def registered_rules(network: str, *, bf16: bool) -> NetworkRules:
+    """Take the rules of a network from the registry, priced by what autograd would keep.
+
+    Raises:
+        PlanError: there is no network of that name.
+    """
+    # Torch is needed to price, and only to price.
+    from medmamba.networks.memory import training_memory_bytes
+    from medmamba.networks.registry import find_network
+
+    definition = find_network(network)
+
+    def price(spec: NetworkSpec, batch_size: int) -> int:
+        return training_memory_bytes(spec, batch_size, bf16=bf16)
+
+    return NetworkRules(
+        dimensions=definition.dimensions,
+        arrange=definition.arrange,
+        divisor=definition.divisor,
+        price=price,
+    )

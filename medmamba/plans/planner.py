@@ -1,0 +1,521 @@
+"""From a fingerprint to a plan: a pure function, with nnU-Net's rules and a reason per decision.
+
+Same fingerprint, description, preset and budget, same plan; nothing is read, timed or measured
+here. Rules of Isensee et al. 2021 (nnU-Net) as its version 2 applies them; for plain and residual
+U-Nets the result is nnU-Net's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from medmamba.errors import PlanError
+from medmamba.labels import LabelMap
+from medmamba.networks.spec import NetworkSpec
+from medmamba.plans.budget import Budget, NetworkRules, registered_rules
+from medmamba.plans.fingerprint import Fingerprint
+from medmamba.plans.plan import ConfigurationPlan, Plan, Reason
+from medmamba.plans.presets import Preset
+from medmamba.plans.sizing import (
+    CPU_PATCH_VOXELS,
+    NNUNET_PLANNERS,
+    CostModel,
+    Request,
+    Sizes,
+    size_by_cost,
+    size_by_memory,
+)
+from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
+from medmamba.preprocessing.resample import resampled_shape
+from medmamba.volume import Grid
+
+ANISOTROPY = 3.0
+"""An axis this much coarser, and this much shorter, is anisotropic."""
+
+ANISOTROPIC_PERCENTILE = 10
+"""Anisotropic axes are resampled to a fine case of the dataset, not to the median."""
+
+LOWRES_PATCH_FRACTION = 0.25
+"""A patch that sees less of the median case asks for a lower resolution."""
+
+LOWRES_STEP = 1.03
+"""Factor by which the spacing grows in search of it."""
+
+LOWRES_GAIN = 2.0
+"""Without this many times fewer voxels a lower resolution is not worth a network."""
+
+MASKED_NORMALIZATION = 0.75
+"""Below this median size after cropping, statistics are taken of the non-zero region only."""
+
+SCHEMES = {
+    "ct": Normalization.CT,
+    "nonorm": Normalization.NONE,
+    "zscore": Normalization.ZSCORE,
+    "rescale_to_0_1": Normalization.RESCALE_0_1,
+    "rgb_to_0_1": Normalization.RGB_0_1,
+}
+"""Channel name in dataset.json, lower case -> normalisation; any other name means z-score."""
+
+CONVOLUTIONAL = {"plain_unet": False, "resenc_unet": True}
+"""Networks that nnU-Net's own cost model prices; whether the encoder is residual."""
+
+RESIDUAL_SIZES = (
+    (40.0, "nnUNetPlannerResEncXL"),
+    (24.0, "nnUNetPlannerResEncL"),
+    (0.0, "nnUNetPlannerResEncM"),
+)
+"""nnU-Net's residual planners by the memory they were made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What every step of the planner looks at."""
+
+    fingerprint: Fingerprint
+    channel_names: tuple[str, ...]
+    label_map: LabelMap
+    label_entries: int
+    cases: int
+    preset: Preset
+    budget: Budget
+    planner: str
+    rules: NetworkRules | None
+    spacing_mm: tuple[float, ...]
+    transpose: tuple[int, int, int]
+
+    @property
+    def model(self) -> CostModel:
+        return NNUNET_PLANNERS[self.planner]
+
+    @property
+    def memory_gb(self) -> float:
+        return self.budget.memory_gb or self.preset.memory_gb or self.model.memory_gb
+
+
+def make_plan(
+    fingerprint: Fingerprint,
+    description: Mapping[str, Any],
+    preset: Preset,
+    budget: Budget,
+    *,
+    rules: NetworkRules | None = None,
+    plans_name: str | None = None,
+) -> Plan:
+    """Decide how a dataset is segmented with a network.
+
+    Args:
+        fingerprint: what the data are.
+        description: dataset.json in nnU-Net's version 2 form.
+        preset: which network, and how it is trained.
+        budget: memory to plan for, and a spacing if the user wants another.
+        rules: the network's constraints and price; the registry's when None.
+        plans_name: name in nnU-Net's folders; the planner's own when None.
+
+    Raises:
+        PlanError: the fingerprint and the description do not fit, the network has no version for
+            the dataset's dimension, or nothing fits the memory.
+        DatasetError: the labels of the description are unusable.
+    """
+    label_map = LabelMap.from_dataset_json(dict(description))
+    spacing, spacing_reason = choose_spacing(fingerprint, budget)
+    transpose = choose_transpose(spacing)
+    task = _Task(
+        fingerprint=fingerprint,
+        channel_names=_channel_names(fingerprint, description),
+        label_map=label_map,
+        label_entries=len(description["labels"]),
+        cases=int(description.get("numTraining", len(fingerprint.spacings_mm))),
+        preset=preset,
+        budget=budget,
+        planner=_planner_name(preset, budget),
+        rules=_rules(preset, budget, rules),
+        spacing_mm=spacing,
+        transpose=transpose,
+    )
+    name = plans_name or _plans_name(task)
+    configurations, reasons = _plan_configurations(task, name)
+    turn = list(transpose)
+    return Plan(
+        dataset_name=fingerprint.dataset_name,
+        plans_name=name,
+        planner=task.planner,
+        network=preset.name,
+        configurations=configurations,
+        label_map=label_map,
+        channel_names=task.channel_names,
+        file_ending=str(description.get("file_ending", "")),
+        reader=_reader(fingerprint, description),
+        transpose_forward=transpose,
+        median_spacing_mm=_triple(np.median(fingerprint.spacings_mm, axis=0)[turn].tolist()),
+        median_shape=_triple(
+            [round(v) for v in np.median(fingerprint.shapes_after_crop, axis=0)[turn].tolist()]
+        ),
+        intensities=fingerprint.intensities,
+        fingerprint_hash=fingerprint.content_hash,
+        reasons=(spacing_reason, _transpose_reason(spacing, transpose), *reasons),
+    )
+
+
+def choose_spacing(fingerprint: Fingerprint, budget: Budget) -> tuple[tuple[float, ...], Reason]:
+    """Choose the target spacing of full resolution, in the raw images' axis order."""
+    if budget.spacing_mm is not None:
+        target = tuple(float(value) for value in budget.spacing_mm)
+        return target, Reason(topic="spacing", value=_mm(target), why="asked for")
+    spacings = np.array(fingerprint.spacings_mm, dtype=np.float64)
+    target = np.median(spacings, axis=0)
+    size = np.median(np.array(fingerprint.shapes_after_crop), axis=0)
+    coarse = int(np.argmax(target))
+    others = [axis for axis in range(3) if axis != coarse]
+    finest_other = float(max(target[axis] for axis in others))
+    why = "median of the cases"
+    is_coarse = target[coarse] > ANISOTROPY * finest_other
+    if is_coarse and size[coarse] * ANISOTROPY < min(size[axis] for axis in others):
+        fine = float(np.percentile(spacings[:, coarse], ANISOTROPIC_PERCENTILE))
+        if fine < finest_other:
+            fine = finest_other + 1e-5
+        if not np.isclose(fine, target[coarse]):
+            why = (
+                f"median of the cases, but {fine:g} mm instead of {target[coarse]:g} mm along axis "
+                f"{coarse}: it is more than {ANISOTROPY:g} times coarser and shorter than the "
+                f"others, so its {ANISOTROPIC_PERCENTILE}th percentile is used"
+            )
+        target[coarse] = fine
+    chosen = tuple(float(value) for value in target)
+    return chosen, Reason(topic="spacing", value=_mm(chosen), why=why)
+
+
+def choose_transpose(spacing_mm: tuple[float, ...]) -> tuple[int, int, int]:
+    """Put the coarsest axis first, the others after it in ascending order."""
+    first = int(np.argmax(spacing_mm))
+    second, third = (axis for axis in range(3) if axis != first)
+    return (first, second, third)
+
+
+def median_resampled_shape(
+    fingerprint: Fingerprint, spacing_mm: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Return the median shape of the cases once resampled, in the raw images' axis order."""
+    shapes = [
+        resampled_shape(shape, spacing, spacing_mm)
+        for shape, spacing in zip(
+            fingerprint.shapes_after_crop, fingerprint.spacings_mm, strict=True
+        )
+    ]
+    return tuple(float(value) for value in np.median(shapes, axis=0))
+
+
+def choose_channels(
+    fingerprint: Fingerprint, channel_names: tuple[str, ...]
+) -> tuple[tuple[ChannelRecipe, ...], tuple[Reason, ...]]:
+    """Choose each channel's normalisation by its name."""
+    masked = fingerprint.median_relative_size_after_cropping < MASKED_NORMALIZATION
+    channels, reasons = [], []
+    for index, name in enumerate(channel_names):
+        scheme = SCHEMES.get(name.casefold(), Normalization.ZSCORE)
+        use_mask = masked and scheme is Normalization.ZSCORE
+        statistics = fingerprint.intensities[index] if scheme is Normalization.CT else None
+        channels.append(
+            ChannelRecipe(normalization=scheme, use_mask=use_mask, statistics=statistics)
+        )
+        why = f"channel is named '{name}'"
+        if use_mask:
+            kept = fingerprint.median_relative_size_after_cropping
+            why += f"; cropping keeps {kept:.0%} of a case, so only the non-zero region counts"
+        value = scheme.value + (" in the non-zero region" if use_mask else "")
+        reasons.append(Reason(topic=f"normalisation of channel {index}", value=value, why=why))
+    return tuple(channels), tuple(reasons)
+
+
+def _plan_configurations(
+    task: _Task, plans_name: str
+) -> tuple[dict[str, ConfigurationPlan], tuple[Reason, ...]]:
+    turn = list(task.transpose)
+    spacing = tuple(float(v) for v in np.array(task.spacing_mm)[turn])
+    median = tuple(float(v) for v in np.array(median_resampled_shape(
+        task.fingerprint, task.spacing_mm))[turn])  # fmt: skip
+    voxels = float(np.prod(median, dtype=np.float64) * task.cases)
+    channels, reasons = choose_channels(task.fingerprint, task.channel_names)
+    recipe = PreprocessingRecipe(channels=channels, transpose_forward=task.transpose)
+    dimensions = task.rules.dimensions if task.rules else frozenset({2, 3})
+    plans: dict[str, ConfigurationPlan] = {}
+    notes: list[Reason] = list(reasons)
+
+    def add(name: str, plan: ConfigurationPlan, sizes: Sizes) -> None:
+        plans[name] = plan
+        notes.extend(_size_reasons(task, name, plan, sizes))
+
+    is_flat = median[0] == 1
+    if 2 in dimensions:
+        sizes = _size(task, spacing[1:], median[1:], voxels)
+        add("2d", _configuration(task, recipe, spacing[1:], median[1:], sizes=sizes,
+            identifier=_identifier(task, plans_name, "2d"), batch_dice=True), sizes)  # fmt: skip
+    if 3 in dimensions and not is_flat:
+        _plan_3d(task, recipe, plans_name, (spacing, median, voxels), add=add, notes=notes)
+    if not plans:
+        raise PlanError(
+            f"network '{task.preset.network}': it exists in 3D only, but the dataset is 2D "
+            f"(median shape {list(median)}). Choose a network with a 2D version.",
+            code="E_PLAN_DIMENSION",
+        )
+    return plans, tuple(notes)
+
+
+def _plan_3d(
+    task: _Task,
+    recipe: PreprocessingRecipe,
+    plans_name: str,
+    case: tuple[tuple[float, ...], tuple[float, ...], float],
+    *,
+    add: Any,
+    notes: list[Reason],
+) -> None:
+    spacing, median, voxels = case
+    full = _size(task, spacing, median, voxels)
+    low, why = _search_lowres(task, spacing, median, full)
+    notes.append(Reason(topic="lower resolution", value="yes" if low else "no", why=why))
+
+    def configuration(name: str, spacing: tuple[float, ...], median: tuple[float, ...],
+                      sizes: Sizes, batch_dice: bool) -> ConfigurationPlan:  # fmt: skip
+        return _configuration(task, recipe, spacing, median, sizes=sizes, batch_dice=batch_dice,
+            identifier=_identifier(task, plans_name, name))  # fmt: skip
+
+    fullres = configuration("3d_fullres", spacing, median, full, low is not None)
+    if low is None:
+        add("3d_fullres", fullres, full)
+        return
+    lowres = configuration("3d_lowres", low.spacing_mm, low.median_shape, low.sizes, False)
+    add("3d_lowres", replace(lowres, next_stage="3d_cascade_fullres"), low.sizes)
+    add("3d_fullres", fullres, full)
+    extra = len(task.label_map.foreground_values)
+    network = replace(fullres.network, in_channels=fullres.network.in_channels + extra)
+    cascade = replace(fullres, network=network, previous_stage="3d_lowres")
+    add("3d_cascade_fullres", cascade, full)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lowres:
+    spacing_mm: tuple[float, ...]
+    median_shape: tuple[int, ...]
+    sizes: Sizes
+
+
+def _search_lowres(
+    task: _Task, spacing: tuple[float, ...], median: tuple[float, ...], full: Sizes
+) -> tuple[_Lowres | None, str]:
+    """Coarsen the grid until a patch sees a quarter of the median case."""
+    voxels = np.prod(median, dtype=np.float64)
+    seen = np.prod(full.spec.patch_size, dtype=np.float64) / voxels
+    why = f"a full-resolution patch sees {seen:.0%} of the median case"
+    full_spacing, coarse = np.array(spacing), np.array(spacing)
+    patch_voxels, low_voxels, found = prod(full.spec.patch_size), voxels, None
+    while patch_voxels / low_voxels < LOWRES_PATCH_FRACTION:
+        fine_axes = (max(coarse) / coarse) > 2
+        coarse[fine_axes if np.any(fine_axes) else slice(None)] *= LOWRES_STEP
+        shape = full_spacing / coarse * np.array(median)
+        low_voxels = np.prod(shape, dtype=np.float64)
+        found = _Lowres(
+            spacing_mm=tuple(float(v) for v in coarse),
+            median_shape=tuple(round(float(v)) for v in shape),
+            sizes=_size(
+                task,
+                tuple(float(v) for v in coarse),
+                tuple(round(float(v)) for v in shape),
+                float(low_voxels * task.cases),
+            ),
+        )
+        patch_voxels = prod(found.sizes.spec.patch_size)
+    if found is None:
+        return None, f"{why}; a quarter is enough"
+    if voxels / low_voxels < LOWRES_GAIN:
+        return None, f"{why}, but coarsening saves less than half of the voxels"
+    return found, f"{why}, less than a quarter; at {_mm(found.spacing_mm)} it sees enough"
+
+
+def _size(
+    task: _Task,
+    spacing: tuple[float, ...],
+    median: tuple[int | float, ...],
+    dataset_voxels: float,
+) -> Sizes:
+    dimension = len(spacing)
+    request = Request(
+        spacing_mm=spacing,
+        median_shape=median,
+        dataset_voxels=dataset_voxels,
+        voxel_limit=CPU_PATCH_VOXELS[dimension] if task.budget.device == "cpu" else None,
+        spec=NetworkSpec(
+            name=task.preset.network,
+            in_channels=len(task.channel_names),
+            out_channels=task.label_map.output_channels,
+            patch_size=(1,) * dimension,
+            features=(),
+            strides=(),
+            kernel_sizes=(),
+            encoder_blocks=(),
+            decoder_blocks=(),
+            mixer=task.preset.mixer,
+            options=task.preset.options,
+        ),
+    )
+    if task.rules is None:
+        return size_by_cost(
+            request, task.model, memory_gb=task.memory_gb, classes=task.label_entries
+        )
+    fraction = task.model.dataset_fraction
+    return size_by_memory(request, task.rules, memory_gb=task.memory_gb, dataset_fraction=fraction)
+
+
+def _configuration(
+    task: _Task,
+    recipe: PreprocessingRecipe,
+    spacing: tuple[float, ...],
+    median: tuple[int | float, ...],
+    *,
+    sizes: Sizes,
+    identifier: str,
+    batch_dice: bool,
+) -> ConfigurationPlan:
+    return ConfigurationPlan(
+        grid=Grid(spacing_mm=spacing, patch_size=sizes.spec.patch_size),
+        preprocessing=recipe,
+        network=sizes.spec,
+        training=task.preset.recipe(
+            batch_size=sizes.batch_size, batch_dice=batch_dice, dimension=len(spacing)
+        ),
+        median_shape=median,
+        data_identifier=identifier,
+        memory_bytes=sizes.memory_bytes,
+    )
+
+
+def _size_reasons(
+    task: _Task, name: str, plan: ConfigurationPlan, sizes: Sizes
+) -> tuple[Reason, ...]:
+    patch = plan.grid.patch_size
+    limit = f"{task.memory_gb:g} GB"
+    if task.budget.device == "cpu":
+        limit += f" or {CPU_PATCH_VOXELS[len(patch)]} voxels on a CPU"
+    why = (
+        "the median case, rounded up to what the strides divide, fits"
+        if sizes.shrunk == 0
+        else f"taken down {sizes.shrunk} step(s) in the proportions of the median case to fit {limit}"
+    )
+    floor = "the floor" if plan.training.batch_size == 2 else f"what fills {task.memory_gb:g} GB"
+    if sizes.capped:
+        floor = f"limited to {task.model.dataset_fraction:.0%} of the dataset's voxels (at least 2)"
+    strides = " ".join(_times(stage) for stage in plan.network.strides)
+    if sizes.memory_bytes is None:
+        memory = (
+            f"{sizes.fill:.0%} of {task.memory_gb:g} GB",
+            "nnU-Net's count of convolution outputs",
+        )
+    else:
+        memory = (
+            f"{sizes.memory_bytes / 1024**3:.1f} GB of {task.memory_gb:g} GB",
+            "what autograd keeps, weights, gradients and optimiser state",
+        )
+    return (
+        Reason(topic=f"{name}: patch", value=_times(patch), why=why),
+        Reason(topic=f"{name}: batch", value=str(plan.training.batch_size), why=floor),
+        Reason(
+            topic=f"{name}: strides",
+            value=strides,
+            why=f"{plan.network.stages} stages; axes pool together while their spacings are "
+            "within a factor of 2 and a feature map keeps 4 voxels"
+            if task.rules is None
+            else f"{plan.network.stages} stages, as {plan.network.name} arranges them",
+        ),
+        Reason(topic=f"{name}: memory", value=memory[0], why=memory[1]),
+    )
+
+
+def _transpose_reason(spacing: tuple[float, ...], transpose: tuple[int, int, int]) -> Reason:
+    return Reason(
+        topic="axis order",
+        value=" ".join("zyx"[axis] for axis in transpose),
+        why=f"the coarsest axis ({'zyx'[transpose[0]]}, {spacing[transpose[0]]:g} mm) comes first",
+    )
+
+
+def _channel_names(fingerprint: Fingerprint, description: Mapping[str, Any]) -> tuple[str, ...]:
+    names = description.get("channel_names", description.get("modality"))
+    if not isinstance(names, Mapping) or len(names) != len(fingerprint.intensities):
+        raise PlanError(
+            f"dataset.json: 'channel_names' is {names!r}, but the fingerprint has "
+            f"{len(fingerprint.intensities)} channels. Fingerprint the dataset again."
+        )
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _planner_name(preset: Preset, budget: Budget) -> str:
+    if preset.planner not in NNUNET_PLANNERS:
+        raise PlanError(
+            f"preset {preset.name}: planner '{preset.planner}' does not exist. "
+            f"Choose one of {', '.join(NNUNET_PLANNERS)}."
+        )
+    # Each residual planner is one architecture at three sizes; memory says which one.
+    sizes = {name for _, name in RESIDUAL_SIZES}
+    if preset.planner in sizes and budget.memory_gb is not None:
+        return next(name for least, name in RESIDUAL_SIZES if budget.memory_gb >= least)
+    return preset.planner
+
+
+def _plans_name(task: _Task) -> str:
+    if task.rules is None:
+        return task.model.plans_name
+    return f"medmamba_{task.preset.name}"
+
+
+def _identifier(task: _Task, plans_name: str, configuration: str) -> str:
+    # Preprocessed data do not depend on the network at full resolution, and are shared.
+    is_shared = task.model.residual or task.rules is not None
+    if is_shared and configuration in ("2d", "3d_fullres"):
+        return f"nnUNetPlans_{configuration}"
+    return f"{plans_name}_{configuration}"
+
+
+def _rules(preset: Preset, budget: Budget, rules: NetworkRules | None) -> NetworkRules | None:
+    if preset.network in CONVOLUTIONAL:
+        if CONVOLUTIONAL[preset.network] != NNUNET_PLANNERS[_planner_name(preset, budget)].residual:
+            raise PlanError(
+                f"preset {preset.name}: planner '{preset.planner}' does not plan "
+                f"'{preset.network}'. Choose the planner of the same kind of encoder."
+            )
+        return None
+    return rules or registered_rules(preset.network, bf16=budget.device == "cuda")
+
+
+READERS = {
+    ".png": "NaturalImage2DIO",
+    ".bmp": "NaturalImage2DIO",
+    ".tif": "NaturalImage2DIO",
+    ".tiff": "Tiff3DIO",
+    ".nii": "NibabelIO",
+}
+"""File ending -> what nnU-Net reads it with; SimpleITKIO for all others."""
+
+
+def _reader(fingerprint: Fingerprint, description: Mapping[str, Any]) -> str:
+    asked = description.get("overwrite_image_reader_writer")
+    if asked and asked != "None":
+        return str(asked)
+    ending = str(description.get("file_ending", ""))
+    if ending == ".tif" and any(shape[0] > 1 for shape in fingerprint.shapes_after_crop):
+        return "Tiff3DIO"
+    return READERS.get(ending, "SimpleITKIO")
+
+
+def _triple(values: list[Any]) -> tuple[Any, Any, Any]:
+    first, second, third = values
+    return first, second, third
+
+
+def _mm(spacing: tuple[float, ...]) -> str:
+    return " x ".join(f"{value:.4g}" for value in spacing) + " mm"
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in sizes)
