@@ -1,0 +1,101 @@
+// One selective scan as raw pointers and sizes: what the binding fills in and every kernel reads.
+// Positions run in scan order, tokens in memory order; all offsets are 64-bit and count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace medmamba {
+
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// A (batch, token, channel) view; for B and C the channel is the state and group_stride is used.
+struct Rows {
+  void* data = nullptr;
+  Type type = Type::float32;
+  int64_t batch_stride = 0;
+  int64_t token_stride = 0;
+  int64_t channel_stride = 1;
+  int64_t group_stride = 0;
+};
+
+constexpr int kTile = 64;        // tokens between two stored states, and of one pass over the rows
+constexpr int kLanes = 16;       // channels of one block, whatever the width of a register
+constexpr int kStatePadding = 4; // states are padded to a multiple of this with zeros
+
+struct Problem {
+  int64_t batch, length, channels, groups, state;
+  Rows u, delta, gate, B, C;        // gate.data may be null
+  const float* A;                   // (channels, state)
+  const float* skip;                // (channels) or null
+  const float* delta_bias;          // (channels) or null
+  const float* h0;                  // (batch, channels, state) or null
+  const int32_t* order;             // (length) or null
+  bool reverse, softplus;
+  int64_t reset_every, segment;
+
+  Rows out;       // forward
+  float* h_last;  // forward: (batch, channels, state)
+  float* states;  // (batch, tiles, blocks, padded state, kLanes), the state entering each tile; may be null
+
+  Rows grad_out;             // backward; data may be null
+  const float* grad_h_last;  // (batch, channels, state) or null
+  Rows grad_u, grad_delta, grad_gate, grad_B, grad_C;  // data may be null where not wanted
+  float* grad_A;             // (channels, state); these four may be null
+  float* grad_skip;          // (channels)
+  float* grad_delta_bias;    // (channels)
+  float* grad_h0;            // (batch, channels, state)
+
+  int64_t tiles() const { return (length + kTile - 1) / kTile; }
+  int64_t channels_per_group() const { return channels / groups; }
+  int64_t blocks_per_group() const { return (channels_per_group() + kLanes - 1) / kLanes; }
+  int64_t blocks() const { return groups * blocks_per_group(); }
+  int64_t padded_state() const {
+    return (state + kStatePadding - 1) / kStatePadding * kStatePadding;
+  }
+  int64_t state_floats() const { return padded_state() * kLanes; }
+};
+
+// Up to kMaxBlocks neighbouring blocks of one group of one sequence: what one thread works on.
+constexpr int kMaxBlocks = 4;
+struct Item {
+  int64_t batch;
+  int64_t block;   // first block
+  int blocks;      // how many
+};
+
+// Where the backward of one item keeps what it carries from tile to tile, and its share of dB, dC.
+struct BackwardCarry {
+  float* adjoint;     // (blocks, padded state, kLanes)
+  float* grad_A;      // (blocks, padded state, kLanes)
+  float* grad_skip;   // (blocks, kLanes)
+  float* grad_bias;   // (blocks, kLanes)
+  float* grad_B;      // (kPanelTiles * kTile, padded state)
+  float* grad_C;      // (kPanelTiles * kTile, padded state)
+};
+constexpr int kPanelTiles = 16;  // tiles after which the shares of dB and dC are added up
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*forward)(const Problem&, const Item&, float* scratch);
+  int64_t (*forward_scratch)(const Problem&);
+  // One tile, from the adjoint in carry; row: first row of the tile in carry.grad_B.
+  void (*backward_tile)(const Problem&, const Item&, int64_t tile, int row, BackwardCarry&,
+                        float* scratch);
+  int64_t (*backward_scratch)(const Problem&);
+  // [state][lane] of one block from and to (channels, state).
+  void (*gather_state)(const Problem&, int64_t block, const float* from, float* to);
+  void (*add_state)(const Problem&, int64_t block, const float* from, float* to);
+  void (*add_channels)(const Problem&, int64_t block, const float* from, float* to);
+  // Rows (token, padded state) of one tile and group into dB or dC.
+  void (*store_projection)(const Problem&, const Rows&, int64_t batch, int64_t group, int64_t tile,
+                           const float* from);
+};
+
+const Kernels& kernels_base();
+#if defined(__x86_64__)
+const Kernels& kernels_v3();
+const Kernels& kernels_v4();
+#endif
+
+}  // namespace medmamba

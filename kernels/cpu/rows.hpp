@@ -1,0 +1,170 @@
+// Moving rows between tensors of any supported type and stride and float tiles [token][lane] in cache.
+#pragma once
+
+#include "vector.hpp"
+
+namespace medmamba {
+namespace MEDMAMBA_ISA {
+
+MEDMAMBA_INLINE float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  uint32_t bits;
+  float value;
+  if (magnitude >= 0x7c00u) {  // infinity and NaN
+    bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;
+  } else if (magnitude >= 0x400u) {
+    bits = (magnitude << 13) + (112u << 23);
+  } else {  // subnormal: exact in float
+    value = float(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+MEDMAMBA_INLINE uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65520 or more
+  if (bits < 0x38800000u) {  // below 2^-14: let the adder round to multiples of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;  // ulp of [0.5, 1) is 2^-24
+    std::memcpy(&bits, &magnitude, 4);
+    return uint16_t(sign | (bits - 0x3f000000u));
+  }
+  bits += 0xfffu + (bits >> 13 & 1u);
+  return uint16_t(sign | (bits - (112u << 23)) >> 13);
+}
+
+// One value of each type; nearest even when narrowing.
+struct Float32 {
+  typedef float Stored;
+  MEDMAMBA_INLINE float widen(float value) { return value; }
+  MEDMAMBA_INLINE float narrow(float value) { return value; }
+};
+
+struct BFloat16 {
+  typedef uint16_t Stored;
+  MEDMAMBA_INLINE float widen(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  }
+  MEDMAMBA_INLINE uint16_t narrow(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const uint32_t quiet = bits >> 16 | 0x40u;  // a NaN stays one
+    return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Stored;
+#if defined(__F16C__)
+  MEDMAMBA_INLINE float widen(uint16_t value) { return _cvtsh_ss(value); }
+  MEDMAMBA_INLINE uint16_t narrow(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  MEDMAMBA_INLINE float widen(uint16_t value) { return half_to_float(value); }
+  MEDMAMBA_INLINE uint16_t narrow(float value) { return float_to_half(value); }
+#endif
+};
+
+// `count` neighbouring values into a row of kLanes floats, zeros behind.
+template <class T>
+MEDMAMBA_INLINE void widen_row(const typename T::Stored* from, float* to, int count) {
+  if (count == kLanes) {
+    for (int i = 0; i < kLanes; ++i) to[i] = T::widen(from[i]);
+    return;
+  }
+  for (int i = 0; i < count; ++i) to[i] = T::widen(from[i]);
+  for (int i = count; i < kLanes; ++i) to[i] = 0.0f;
+}
+
+template <class T>
+MEDMAMBA_INLINE void narrow_row(const float* from, typename T::Stored* to, int count) {
+  if (count == kLanes) {
+    for (int i = 0; i < kLanes; ++i) to[i] = T::narrow(from[i]);
+    return;
+  }
+  for (int i = 0; i < count; ++i) to[i] = T::narrow(from[i]);
+}
+
+// Tokens of one tile: token[t] for t < count.
+struct Tokens {
+  int64_t token[kTile];
+  int count;
+};
+
+// Column by column where the tokens, not the channels, are neighbours.
+template <class T>
+static void load_columns(const typename T::Stored* base, const Rows& rows, const Tokens& tokens,
+                         int lanes, float* tile, int pitch) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    const typename T::Stored* column = base + lane * rows.channel_stride;
+    for (int t = 0; t < tokens.count; ++t) {
+      tile[t * pitch + lane] = T::widen(column[tokens.token[t] * rows.token_stride]);
+    }
+  }
+}
+
+template <class T>
+static void load_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes, float* tile,
+                         int pitch) {
+  const typename T::Stored* base = static_cast<const typename T::Stored*>(rows.data) + offset;
+  if (rows.channel_stride == 1 && pitch == kLanes) {
+    for (int t = 0; t < tokens.count; ++t) {
+      widen_row<T>(base + tokens.token[t] * rows.token_stride, tile + t * kLanes, lanes);
+    }
+    return;
+  }
+  if (lanes < pitch) std::memset(tile, 0, sizeof(float) * size_t(tokens.count) * size_t(pitch));
+  load_columns<T>(base, rows, tokens, lanes, tile, pitch);
+}
+
+// Values [token][lane] of one tile, zeros in the lanes behind; offset: of lane 0 at token 0.
+static void load_tile(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes, float* tile,
+                      int pitch = kLanes) {
+  switch (rows.type) {
+    case Type::float32: return load_tile_as<Float32>(rows, offset, tokens, lanes, tile, pitch);
+    case Type::bfloat16: return load_tile_as<BFloat16>(rows, offset, tokens, lanes, tile, pitch);
+    case Type::float16: return load_tile_as<Float16>(rows, offset, tokens, lanes, tile, pitch);
+  }
+}
+
+template <class T>
+static void store_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes,
+                          const float* tile) {
+  typename T::Stored* base = static_cast<typename T::Stored*>(rows.data) + offset;
+  if (rows.channel_stride == 1) {
+    for (int t = 0; t < tokens.count; ++t) {
+      narrow_row<T>(tile + t * kLanes, base + tokens.token[t] * rows.token_stride, lanes);
+    }
+    return;
+  }
+  for (int lane = 0; lane < lanes; ++lane) {
+    typename T::Stored* column = base + lane * rows.channel_stride;
+    for (int t = 0; t < tokens.count; ++t) {
+      column[tokens.token[t] * rows.token_stride] = T::narrow(tile[t * kLanes + lane]);
+    }
+  }
+}
+
+static void store_tile(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes,
+                       const float* tile) {
+  switch (rows.type) {
+    case Type::float32: return store_tile_as<Float32>(rows, offset, tokens, lanes, tile);
+    case Type::bfloat16: return store_tile_as<BFloat16>(rows, offset, tokens, lanes, tile);
+    case Type::float16: return store_tile_as<Float16>(rows, offset, tokens, lanes, tile);
+  }
+}
+
+}  // namespace MEDMAMBA_ISA
+}  // namespace medmamba

@@ -1,0 +1,127 @@
+// Vectors of the instruction set this file is compiled for, and the few functions the scan needs.
+// Everything lives in a namespace named after the instruction set, so that no inline function compiled for a
+// newer processor can be linked into code for an older one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "problem.hpp"
+
+namespace medmamba {
+namespace MEDMAMBA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Int __attribute__((vector_size(4 * kWidth)));
+typedef float VecUnaligned __attribute__((vector_size(4 * kWidth), aligned(4)));
+
+#define MEDMAMBA_INLINE static inline __attribute__((always_inline))
+
+MEDMAMBA_INLINE Vec load(const float* from) { return *reinterpret_cast<const VecUnaligned*>(from); }
+MEDMAMBA_INLINE void store(float* to, Vec value) { *reinterpret_cast<VecUnaligned*>(to) = value; }
+MEDMAMBA_INLINE Vec splat(float value) { return value - Vec{}; }
+MEDMAMBA_INLINE Int as_int(Vec value) { return reinterpret_cast<Int>(value); }
+MEDMAMBA_INLINE Vec as_float(Int value) { return reinterpret_cast<Vec>(value); }
+
+// Written so that a NaN in `value` survives.
+MEDMAMBA_INLINE Vec at_least(Vec value, float low) { return value < low ? splat(low) : value; }
+MEDMAMBA_INLINE Vec at_most(Vec value, float high) { return value > high ? splat(high) : value; }
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLowestExponent = -126.0f;  // 2^-126 is the least normal float: no denormal slow path
+constexpr float kHighestExponent = 127.99f;
+
+#if defined(__AVX512F__)
+// 2^(i/32) with i << 18 taken off its bits, so that adding the rounded argument's bits << 18 scales it.
+struct Exp2Table {
+  __m512 low, high;
+};
+
+MEDMAMBA_INLINE Exp2Table exp2_table() {
+  alignas(64) static const uint32_t entries[32] = {
+      0x3f800000u, 0x3f7ecd87u, 0x3f7daac3u, 0x3f7c980fu, 0x3f7b95c2u, 0x3f7aa43au, 0x3f79c3d3u, 0x3f78f4f0u,
+      0x3f7837f0u, 0x3f778d3au, 0x3f76f532u, 0x3f767043u, 0x3f75fed7u, 0x3f75a15bu, 0x3f75583fu, 0x3f7523f6u,
+      0x3f7504f3u, 0x3f74fbafu, 0x3f7508a4u, 0x3f752c4du, 0x3f75672au, 0x3f75b9beu, 0x3f76248cu, 0x3f76a81eu,
+      0x3f7744fdu, 0x3f77fbb8u, 0x3f78ccdfu, 0x3f79b907u, 0x3f7ac0c7u, 0x3f7be4bau, 0x3f7d257du, 0x3f7e83b3u};
+  return {_mm512_load_ps(entries), _mm512_load_ps(entries + 16)};
+}
+
+// 2^(rate * step) for -126 <= rate * step < 128: 32-entry table and a quadratic with constant term 1.
+// The remainder is at most 1/64; the linear coefficient absorbs the cubic term: relative error 6e-8.
+MEDMAMBA_INLINE Vec exp2_product(Vec step, Vec rate, const Exp2Table& table) {
+  const __m512 magic = _mm512_set1_ps(393216.0f);  // 1.5 * 2^(23 - 5): rounds to multiples of 1/32
+  const __m512 rounded = _mm512_fmadd_ps(__m512(step), __m512(rate), magic);
+  const __m512 nearest = _mm512_sub_ps(rounded, magic);
+  const __m512 rest = _mm512_fmsub_ps(__m512(step), __m512(rate), nearest);
+  const __m512i bits = _mm512_castps_si512(rounded);
+  const __m512 entry = _mm512_permutex2var_ps(table.low, bits, table.high);
+  const __m512 scale = _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(entry), _mm512_slli_epi32(bits, 18)));
+  const __m512 slope = _mm512_fmadd_ps(rest, _mm512_set1_ps(0.240226507f), _mm512_set1_ps(0.693157344f));
+  return Vec(_mm512_fmadd_ps(scale, _mm512_mul_ps(rest, slope), scale));
+}
+#else
+struct Exp2Table {};
+MEDMAMBA_INLINE Exp2Table exp2_table() { return {}; }
+
+// Degree-5 polynomial with constant term exactly 1 on [-1/2, 1/2], relative error 9e-8: a decay with a bias above
+// 1 would grow over hundreds of thousands of steps.
+MEDMAMBA_INLINE Vec exp2_product(Vec step, Vec rate, const Exp2Table&) {
+  const Vec product = step * rate;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to integers
+  const Vec rounded = product + magic;
+  const Vec rest = product - (rounded - magic);
+  Vec value = rest * 1.326472668e-3f + 9.671512677e-3f;
+  value = value * rest + 5.550733745e-2f;
+  value = value * rest + 2.402224208e-1f;
+  value = value * rest + 6.931469776e-1f;
+  value = value * rest + 1.0f;
+  return as_float(as_int(value) + (as_int(rounded) << 23));
+}
+#endif
+
+// The same for any argument: saturates instead of wrapping.
+MEDMAMBA_INLINE Vec exp2_product_safe(Vec step, Vec rate, const Exp2Table& table) {
+  const Vec product = at_most(at_least(step * rate, kLowestExponent), kHighestExponent);
+  return exp2_product(product, splat(1.0f), table);
+}
+
+// exp(-|x|), in (0, 1].
+MEDMAMBA_INLINE Vec exp_of_minus_magnitude(Vec x, const Exp2Table& table) {
+  const Vec magnitude = as_float(as_int(x) & 0x7fffffff);
+  return exp2_product(at_least(magnitude * -kLog2E, kLowestExponent), splat(1.0f), table);
+}
+
+MEDMAMBA_INLINE Vec sigmoid(Vec x, const Exp2Table& table) {
+  const Vec e = exp_of_minus_magnitude(x, table);
+  const Vec one = splat(1.0f);
+  return (x < 0.0f ? e : one) / (one + e);
+}
+
+// max(x, 0) + log1p(exp(-|x|)), the logarithm as 2 atanh(e / (2 + e)).
+MEDMAMBA_INLINE Vec softplus(Vec x, const Exp2Table& table) {
+  const Vec e = exp_of_minus_magnitude(x, table);
+  const Vec s = e / (e + 2.0f);
+  const Vec square = s * s;
+  Vec series = square * 0.280244598f + 0.279991409f;  // error 5e-9 on [0, 1/9]
+  series = series * square + 0.400216991f;
+  series = series * square + 0.666664131f;
+  series = series * square + 2.0f;
+  return (x < 0.0f ? Vec{} : x) + s * series;
+}
+
+}  // namespace MEDMAMBA_ISA
+}  // namespace medmamba

@@ -1,0 +1,161 @@
+"""The compiled scan for CPUs: hands pointers, sizes and strides of torch tensors to `_native`.
+
+Owns the order of the argument list (kernels/cpu/binding.cpp reads it) and where outputs are allocated;
+the algorithm is in kernels/cpu.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from medmamba.errors import KernelError
+from medmamba.kernels import _native
+from medmamba.kernels.arguments import Gradients, Needs, ScanArguments, empty_rows
+
+INSTRUCTION_SET_VARIABLE = "MEDMAMBA_CPU_ISA"  # for tests: v4, v3 or base
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_ROWS = (0, 0, 0, 0, 1, 0)
+
+
+def refusal(arguments: ScanArguments) -> str | None:
+    """CPU tensors of float32, bfloat16 and float16."""
+    if arguments.u.device.type != "cpu":
+        return f"runs on CPU tensors, not on {arguments.u.device.type}"
+    if arguments.compute_dtype is not torch.float32:
+        return f"computes in float32; {arguments.compute_dtype} is left to the definition"
+    if arguments.out_dtype not in _TYPES:
+        return f"writes float32, bfloat16 and float16, not {arguments.out_dtype}"
+    if arguments.segment:
+        return "has no local-bidirectional mode"
+    return None
+
+
+def description() -> str:
+    """Instruction set and threads in use."""
+    chosen = _instruction_set() or _native.instruction_sets()[0]
+    return f"instruction set {chosen}, {torch.get_num_threads()} threads"
+
+
+def states_shape(arguments: ScanArguments) -> tuple[int, ...]:
+    """(b, tiles, blocks of channels, padded state, lanes)."""
+    return tuple(
+        _native.states_shape(
+            arguments.batch,
+            arguments.length,
+            arguments.channels,
+            arguments.groups,
+            arguments.state,
+        )
+    )
+
+
+def forward(arguments: ScanArguments, *, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan; see backend.py for the contract."""
+    u = arguments.u
+    out = empty_rows(u, arguments.out_dtype)
+    h_last = torch.empty((arguments.batch, arguments.channels, arguments.state))
+    states = torch.empty(states_shape(arguments) if save_states else (0,))
+    arguments_list, keep = _inputs(arguments, states if save_states else None)
+    arguments_list += [*_rows(out), h_last.data_ptr()]
+    _call(_native.forward, arguments_list)
+    del keep
+    return out, h_last, states
+
+
+def backward(
+    arguments: ScanArguments,
+    states: Tensor,
+    grad_out: Tensor | None,
+    grad_h_last: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Gradients; see backend.py for the contract."""
+    values, keep = _inputs(arguments, states)
+    grad_out = None if grad_out is None else _readable(grad_out)
+    last = None if grad_h_last is None else grad_h_last.float().contiguous()
+    grads = {
+        name: _empty_gradient(name, getattr(arguments, name))
+        for name, needed in zip(Needs._fields, needs, strict=True)
+        if needed and getattr(arguments, name) is not None
+    }
+    values += [*_rows(grad_out), _pointer(last)]
+    for name in ("u", "delta", "gate", "B", "C"):
+        values += _rows(grads.get(name))
+    values += [_pointer(grads.get(name)) for name in ("A", "skip", "delta_bias", "h0")]
+    _call(_native.backward, values)
+    del keep
+    return Gradients(**grads)
+
+
+def _inputs(arguments: ScanArguments, states: Tensor | None) -> tuple[list[int], list[Tensor]]:
+    """The list both directions begin with, and the tensors that must outlive the call."""
+    values = [
+        arguments.batch,
+        arguments.length,
+        arguments.channels,
+        arguments.groups,
+        arguments.state,
+    ]
+    keep: list[Tensor] = []
+    for rows in (arguments.u, arguments.delta, arguments.gate, arguments.B, arguments.C):
+        if rows is not None:
+            rows = _readable(rows)
+            keep.append(rows)
+        values += _rows(rows)
+    for parameter in (arguments.A, arguments.skip, arguments.delta_bias, arguments.h0):
+        if parameter is not None:
+            parameter = parameter.contiguous()
+            keep.append(parameter)
+        values.append(_pointer(parameter))
+    order = None if arguments.order is None else arguments.order.contiguous()
+    if order is not None:
+        keep.append(order)
+    values += [
+        _pointer(order),
+        int(arguments.reverse),
+        int(arguments.delta_softplus),
+        arguments.reset_every,
+        arguments.segment,
+        _pointer(states),
+    ]
+    return values, keep
+
+
+def _readable(rows: Tensor) -> Tensor:
+    """The tensor itself unless neither its last dimension nor its tokens are adjacent."""
+    if rows.stride(-1) == 1 or rows.stride(1) == 1:
+        return rows
+    return rows.contiguous()
+
+
+def _rows(rows: Tensor | None) -> tuple[int, ...]:
+    if rows is None:
+        return _NO_ROWS
+    strides = rows.stride()
+    group = strides[2] if len(strides) == 4 else 0
+    return (rows.data_ptr(), _TYPES[rows.dtype], strides[0], strides[1], strides[-1], group)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _empty_gradient(name: str, value: Tensor) -> Tensor:
+    if name in ("u", "delta", "gate"):
+        return empty_rows(value, value.dtype)
+    return torch.empty(value.shape, dtype=value.dtype)
+
+
+def _instruction_set() -> str:
+    return os.environ.get(INSTRUCTION_SET_VARIABLE, "")
+
+
+def _call(function: object, values: list[int]) -> None:
+    assert callable(function)
+    try:
+        function(values, torch.get_num_threads(), _instruction_set())
+    except ValueError as error:
+        raise KernelError(str(error)) from error
