@@ -105,7 +105,7 @@ class LabelMap:
 
 
 def _as_values(name: object, value: object) -> tuple[int, ...]:
-    members = value if isinstance(value, list | tuple) else [value]
+    members: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if not members or not all(_is_whole(member) for member in members):
         raise DatasetError(
             f"dataset.json: label '{name}' is {value!r}; a whole number or a list of them is needed."

@@ -9,7 +9,7 @@ import typer
 from medmamba.cli.options import Json, Workers
 
 if TYPE_CHECKING:
-    from medmamba.evaluation.report import Evaluation
+    from medmamba.evaluation.scores import Evaluation
 
 
 def evaluate(

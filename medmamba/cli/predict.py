@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
@@ -12,7 +12,8 @@ from medmamba.errors import UsageError
 if TYPE_CHECKING:
     from medmamba.inference.records import CommitRecord
 
-OVERWRITE = ("never", "stale", "always")
+Overwrite = Literal["never", "stale", "always"]
+OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
 
 
 def predict(
@@ -68,7 +69,7 @@ def predict(
         precision=precision,
         device=device,
         compat=compat,
-        overwrite=overwrite,
+        overwrite=cast(Overwrite, overwrite),
         workers=workers,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),

@@ -6,7 +6,7 @@ Also which cases a path to predict means. Voxels are read through ``medmamba.io`
 from medmamba.dataset.case import Case, Dataset, grid_difference, load_case
 from medmamba.dataset.inputs import CaseListing, Rejection, find_cases, safe_id
 from medmamba.dataset.problems import Problem, VerificationReport
-from medmamba.dataset.raw import open_dataset
+from medmamba.dataset.raw import open_dataset, read_label_map
 from medmamba.dataset.splits import (
     Split,
     make_splits,
@@ -30,6 +30,7 @@ __all__ = [
     "make_splits",
     "open_dataset",
     "orientation_code",
+    "read_label_map",
     "read_splits",
     "safe_id",
     "split_for_fold",

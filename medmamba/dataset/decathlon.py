@@ -46,7 +46,7 @@ def open_decathlon(folder: Path, description: dict[str, Any]) -> Dataset:
     ending = _ending(training, folder)
     converted = {
         "channel_names": {str(index): name for index, name in enumerate(names)},
-        "labels": _labels(description["labels"]),
+        "labels": named_labels(description["labels"]),
         "numTraining": int(description.get("numTraining", len(training))),
         "file_ending": ending,
         **{key: description[key] for key in _KEPT_KEYS if key in description},
@@ -73,7 +73,8 @@ def _modalities(description: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(entry[key]) for key in sorted(entry, key=int))
 
 
-def _labels(entry: dict[str, Any]) -> dict[str, int]:
+def named_labels(entry: dict[str, Any]) -> dict[str, int]:
+    """Turn the Decathlon's value -> name into name -> value."""
     labels: dict[str, int] = {}
     for key in sorted(entry, key=int):
         value, name = int(key), str(entry[key])

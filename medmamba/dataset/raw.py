@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.dataset.case import Case, Dataset
-from medmamba.dataset.decathlon import is_decathlon, open_decathlon
+from medmamba.dataset.decathlon import is_decathlon, named_labels, open_decathlon
 from medmamba.dataset.splits import SPLITS_FILE, read_splits
 from medmamba.errors import DatasetError
 from medmamba.files import read_json
@@ -51,6 +51,20 @@ def open_dataset(folder: Path | str) -> Dataset:
         )
     splits = folder / SPLITS_FILE
     return replace(dataset, splits=read_splits(splits)) if splits.is_file() else dataset
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read what label values mean from a dataset.json alone, of either layout.
+
+    Raises:
+        DatasetError: missing, damaged, or labels that cannot be used.
+    """
+    description = read_json(path, what="dataset.json", error=DatasetError)
+    if not isinstance(description, dict):
+        raise DatasetError(f"{path}: holds a {type(description).__name__}; a map is needed.")
+    if is_decathlon(description):
+        description = {"labels": named_labels(description["labels"])}
+    return LabelMap.from_dataset_json(description)
 
 
 def _open_nnunet(folder: Path, description: dict[str, Any]) -> Dataset:

@@ -129,11 +129,15 @@ def _check_channel_files(record: _CaseRecord, dataset: Dataset) -> None:
 
 def _check_channel_total(record: _CaseRecord, dataset: Dataset) -> None:
     expected = len(dataset.channel_names)
-    already = any(problem.code in ("E_CHAN_COUNT", "E_IO_MISSING") for problem in record.problems)
-    if record.channels != expected and not already:
-        record.add(
-            "E_CHAN_COUNT", f"has {record.channels} channels; dataset.json names {expected}."
-        )
+    already = any(problem.code == "E_CHAN_COUNT" for problem in record.problems)
+    unread = record.files_read < len(record.case.images)
+    if record.channels == expected or already or unread:
+        return
+    message = f"has {record.channels} channels; dataset.json names {expected}."
+    if record.channels == 1:
+        missing = ", ".join(f"{index:04d}" for index in range(1, expected))
+        message = f"channel {missing} is missing."
+    record.add("E_CHAN_COUNT", message)
 
 
 def _check_image(record: _CaseRecord, path: Path, digest: Any) -> None:

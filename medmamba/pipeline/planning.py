@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medmamba.dataset import Dataset, VerificationReport, make_splits, open_dataset, verify
+from medmamba.dataset import (
+    Dataset,
+    VerificationReport,
+    make_splits,
+    open_dataset,
+    verify,
+    write_splits,
+)
+from medmamba.dataset.splits import FOLDS
 from medmamba.errors import DatasetError
 from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
 from medmamba.pipeline.work import Work, check_network_name, choose_configuration
@@ -14,6 +22,7 @@ from medmamba.plans.fingerprint import compute_fingerprint
 from medmamba.plans.nnunet_schema import save_plan
 from medmamba.plans.plan import Plan
 from medmamba.plans.planner import make_plan
+from medmamba.plans.preprocess import preprocess_dataset
 from medmamba.plans.presets import load_preset
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +94,7 @@ def plan(
         raise DatasetError(_first_fatal(report, work.verification))
     decided = _decide(raw, work, network, Budget(memory_gb=memory_gb, spacing_mm=spacing_mm),
                       workers=workers, on_progress=on_progress)  # fmt: skip
-    stores = ()
+    stores: tuple[Path, ...] = ()
     if preprocess:
         wanted = configurations or (choose_configuration(decided, None),)
         stores = tuple(
@@ -113,10 +122,17 @@ def _decide(
     write_atomic(work.fingerprint, to_json(fingerprint))
     write_atomic(work.dataset_json, to_json(raw.description))
     decided = make_plan(fingerprint, raw.description, load_preset(network), budget)
-    splits = raw.splits or make_splits([case.id for case in raw.training_cases])
-    write_atomic(work.splits, to_json(list(splits)))
+    _write_splits(raw, work)
     save_plan(work.plan(network), decided)
     return decided
+
+
+def _write_splits(raw: Dataset, work: Work) -> None:
+    """Folds of the raw folder where it brings some, else nnU-Net's five where cases suffice."""
+    if raw.splits:
+        write_splits(work.splits, raw.splits)
+    elif len(raw.training_cases) >= FOLDS:
+        write_splits(work.splits, make_splits([case.id for case in raw.training_cases]))
 
 
 def _preprocess(
@@ -127,8 +143,6 @@ def _preprocess(
     workers: int | None,
     on_progress: Progress | None,
 ) -> Path:
-    from medmamba.plans.preprocess import preprocess_dataset
-
     store = work.store(configuration, decided.configurations[configuration])
     preprocess_dataset(
         raw,

@@ -4,21 +4,19 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from medmamba.dataset import Split, split_for_fold
+from medmamba.bundle import MODEL_FOLDER, save_bundle
+from medmamba.dataset import Split, read_splits, split_for_fold
 from medmamba.errors import CheckpointError, PlanError, UsageError
-from medmamba.files import from_plain, read_json
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
+from medmamba.preprocessing.store import CaseStore
 
 if TYPE_CHECKING:
     from medmamba.training.progress import EpochReport
     from medmamba.training.recipe import TrainingRecipe
     from medmamba.training.trainer import TrainingResult, TrainingSetup
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-MODEL_FOLDER = "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +73,135 @@ def train(
         EnvironmentFault: no such device, or the disk is full.
         TrainingError: training could not go on; the last checkpoint is kept.
     """
-    from medmamba.training.trainer import train_fold
+    from medmamba.training.trainer import TrainingSetup, train_fold
 
-    _check_options(max_time, epochs, precision, resume=resume, overwrite=overwrite)
+    changes = {"epochs": epochs, "iterations": iterations, "batch_size": batch_size, "loss": loss}
+    _check_options(max_time, epochs, loss, resume=resume, overwrite=overwrite)
     place = open_work(Path(work))
     decided = place.load_plan(network)
     name = choose_configuration(decided, configuration)
     branch = decided.configurations[name]
-    setup = _make_setup(
-        place, decided, name, fold,
-        recipe=_adjust(branch.training, epochs, iterations, batch_size, loss),
-        max_time_s=max_time, seed=seed, precision=precision, device=device,
+    setup = TrainingSetup(
+        run_folder=place.run(network, name, fold),
+        network=branch.network,
+        grid=branch.grid,
+        recipe=_adjust(branch.training, changes),
+        label_map=decided.label_map,
+        store_folder=place.store(name, branch),
+        split=_split(place, name, branch, fold),
+        device=device,
+        precision=precision,
+        seed=seed,
+        max_time_s=max_time,
         deterministic=deterministic,
-    )  # fmt: skip
+        outside_is_zero_channels=_masked_channels(branch),
+    )
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
     if on_message is not None:
-        _announce(setup, network, name, on_message)
+        _announce(setup, name, fold, on_message)
     result = train_fold(setup, resume=resume, on_progress=on_epoch)
-    model = _write_model(place, decided, name, fold, setup, result)
+    model = _write_model(decided, name, fold, setup, result)
     return TrainOutcome(
         run_folder=setup.run_folder, model=model, epochs=result.epochs, dice=result.dice
     )
+
+
+def _check_options(
+    max_time: float | None,
+    epochs: int | None,
+    loss: str | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    from medmamba.training.losses import LOSSES
+
+    if max_time is not None and epochs is not None:
+        raise UsageError("--max-time and --epochs exclude each other: give one of them.")
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: give one of them.")
+    if loss is not None and loss not in LOSSES:
+        raise UsageError(f"loss '{loss}' does not exist; choose one of {', '.join(LOSSES)}.")
+
+
+def _adjust(recipe: "TrainingRecipe", changes: dict[str, Any]) -> "TrainingRecipe":
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    if "batch_size" in wanted:
+        wanted["cpu_batch_size"] = None
+    return dataclasses.replace(recipe, **wanted)
+
+
+def _split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -> Split:
+    store = place.store(name, branch)
+    stored = CaseStore(store).case_ids() if store.is_dir() else ()
+    if not stored:
+        raise PlanError(
+            f"{store}: no preprocessed cases for configuration '{name}'. Run `medmamba plan "
+            f"DATASET -o {place.folder} --network {branch.network.name} -c {name}`."
+        )
+    if fold == "all":
+        return split_for_fold((), "all", stored)
+    if not place.splits.is_file():
+        raise UsageError(
+            f"fold {fold}: too few cases ({len(stored)}) to divide into folds; use --fold all."
+        )
+    return split_for_fold(read_splits(place.splits), fold, stored)
+
+
+def _masked_channels(branch: ConfigurationPlan) -> tuple[int, ...]:
+    channels = branch.preprocessing.channels
+    return tuple(index for index, channel in enumerate(channels) if channel.use_mask)
+
+
+def _check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    exists = (folder / "log.jsonl").exists()
+    if exists and not resume and not overwrite:
+        raise CheckpointError(
+            f"{folder}: a run is there already. Go on with --resume, or start again with "
+            "--overwrite.",
+            code="E_RUN_EXISTS",
+        )
+
+
+def _announce(
+    setup: "TrainingSetup", name: str, fold: int | str, say: Callable[[str], None]
+) -> None:
+    from medmamba.training.precision import choose_precision, describe_cpu, resolve_device
+    from medmamba.training.trainer import batch_size_on
+
+    device = resolve_device(setup.device)
+    where = f"CPU ({describe_cpu()})" if device.type == "cpu" else str(device)
+    batch = batch_size_on(setup.recipe, device)
+    planned = f" (planned {setup.recipe.batch_size})" if batch != setup.recipe.batch_size else ""
+    say(
+        f"training {setup.network.name} {name} fold {fold} for {setup.length} on {where} in "
+        f"{choose_precision(device, setup.precision)}: {len(setup.split.train)} cases, "
+        f"patch {'x'.join(str(size) for size in setup.grid.patch_size)}, batch {batch}{planned}, "
+        f"{setup.recipe.loss}, {setup.recipe.optimizer}"
+    )
+
+
+def _write_model(
+    decided: Plan, name: str, fold: int | str, setup: "TrainingSetup", result: "TrainingResult"
+) -> Path:
+    from medmamba.training.checkpoint import prediction_weights
+
+    folder = setup.run_folder / MODEL_FOLDER
+    save_bundle(
+        folder,
+        plan=decided,
+        configuration=name,
+        weights=[prediction_weights(result.latest)],
+        folds=[fold],
+        precision=result.precision,
+        training={
+            "length": setup.length,
+            "epochs": result.epochs,
+            "iterations": result.iterations,
+            "seconds": round(result.elapsed_s, 1),
+            "seed": setup.seed,
+            "training_cases": len(setup.split.train),
+        },
+        scores={"validation_patch_dice": round(result.dice, 4)},
+    )
+    return folder

@@ -188,7 +188,7 @@ class _FoldRun:
         self._skipped = 0
         self._training_s = self._waiting_s = 0.0
         self._curves_at = clock.elapsed_s()
-        self._batch_size = _batch_size(setup.recipe, self.device)
+        self._batch_size = batch_size_on(setup.recipe, self.device)
         self._store = CaseStore(setup.store_folder)
         self._record_start()
 
@@ -439,7 +439,8 @@ class _FoldRun:
         )
 
 
-def _batch_size(recipe: TrainingRecipe, device: torch.device) -> int:
+def batch_size_on(recipe: TrainingRecipe, device: torch.device) -> int:
+    """Return the patches per step: the plan's, or on a CPU at most the recipe's limit."""
     if device.type == "cpu" and recipe.cpu_batch_size is not None:
         return min(recipe.batch_size, recipe.cpu_batch_size)
     return recipe.batch_size

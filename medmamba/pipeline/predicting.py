@@ -1,0 +1,172 @@
+"""predict(): masks for new images from a model folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from medmamba.bundle import Bundle, load_bundle, load_networks
+from medmamba.dataset import CaseListing, find_cases
+from medmamba.errors import UsageError
+from medmamba.files import require_writable_folder, to_plain
+
+if TYPE_CHECKING:
+    from medmamba.inference.engine import OnCase, PredictionRun
+    from medmamba.inference.predictor import Predictor
+
+MIXED_PRECISION = ("bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOutcome:
+    """What a run did, case by case."""
+
+    run: "PredictionRun"
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 4 some cases without a mask, 5 none with one, 130 or 143 stopped."""
+        return self.run.exit_code
+
+    @property
+    def succeeded(self) -> int:
+        """Cases that have a mask."""
+        return self.run.succeeded
+
+    @property
+    def total(self) -> int:
+        """Cases asked for."""
+        return self.run.total
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds in all."""
+        return self.run.elapsed_s
+
+    def summary(self) -> dict[str, Any]:
+        """The same as JSON values, with every record."""
+        return {
+            "folder": str(self.run.folder),
+            "run": self.run.run_id,
+            "exit_code": self.exit_code,
+            "succeeded": self.succeeded,
+            "total": self.total,
+            "elapsed_s": round(self.elapsed_s, 3),
+            "cases": [to_plain(record) for record in self.run.records],
+        }
+
+
+def predict(
+    images: Path | str,
+    output: Path | str,
+    model: Path | str,
+    *,
+    mirror: bool = False,
+    step: float = 0.5,
+    precision: str = "auto",
+    device: str = "auto",
+    compat: bool = False,
+    overwrite: Literal["never", "stale", "always"] = "stale",
+    workers: int | None = None,
+    on_case: "OnCase | None" = None,
+    on_message: Callable[[str], None] | None = None,
+) -> PredictOutcome:
+    """Segment images; each mask lies on exactly the grid of its image.
+
+    Args:
+        images: an image, a folder, or a list file.
+        output: folder for masks and records; must not hold the images.
+        model: model folder, or the run folder that holds it.
+        mirror: average over the flips seen in training.
+        step: tile step as a fraction of the patch.
+        precision: ``auto`` takes what the model was validated in, where the device has it natively.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        compat: round as nnU-Net does.
+        overwrite: which finished cases to do again.
+        workers: processor threads of the network; all when None.
+        on_case: called per finished case.
+        on_message: called with what was chosen and why.
+
+    Raises:
+        BundleError, SecurityError: the model cannot be used or trusted.
+        UsageError: no image there, or the output holds the images.
+        EnvironmentFault: no such device, or the output cannot be written.
+    """
+    from medmamba.inference.engine import predict_cases
+    from medmamba.inference.records import ModelIdentity
+
+    if not 0 < step <= 1:
+        raise UsageError(f"step {step}: a fraction of the patch, above 0 and at most 1.")
+    bundle = load_bundle(Path(model))
+    listing = find_cases(
+        Path(images),
+        channels=len(bundle.manifest.channels),
+        file_ending=bundle.plan.file_ending or None,
+    )
+    require_writable_folder(Path(output))
+    predictor = _make_predictor(
+        bundle, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
+        workers=workers,
+    )  # fmt: skip
+    if on_message is not None:
+        on_message(_describe(bundle, listing, predictor))
+    run = predict_cases(
+        listing.cases,
+        Path(output),
+        predictor,
+        model=ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256),
+        rejected=listing.rejected,
+        overwrite=overwrite,
+        on_case=on_case,
+    )
+    return PredictOutcome(run=run)
+
+
+def _make_predictor(
+    bundle: Bundle,
+    *,
+    mirror: bool,
+    step: float,
+    precision: str,
+    device: str,
+    compat: bool,
+    workers: int | None,
+) -> "Predictor":
+    import torch
+
+    from medmamba.inference.predictor import PredictionSettings, Predictor
+    from medmamba.training.precision import choose_precision, has_native_bf16, resolve_device
+
+    chosen_device = resolve_device(device)
+    if workers is not None:
+        torch.set_num_threads(workers)
+    trained = bundle.manifest.precision
+    if precision == "auto" and (trained == "fp32" or not has_native_bf16(chosen_device)):
+        # Reduced precision only where the model was trained and validated in it.
+        precision = "fp32"
+    branch = bundle.configuration
+    settings = PredictionSettings(
+        device=chosen_device,
+        precision=choose_precision(chosen_device, precision),
+        mirror_axes=bundle.manifest.mirror_axes if mirror else (),
+        step=step,
+        compat=compat,
+        features=branch.network.features[0],
+    )
+    return Predictor(
+        load_networks(bundle),
+        grid=branch.grid,
+        preprocessing=branch.preprocessing,
+        label_map=bundle.plan.label_map,
+        settings=settings,
+    )
+
+
+def _describe(bundle: Bundle, listing: CaseListing, predictor: "Predictor") -> str:
+    settings = predictor.settings
+    flips = "with mirroring" if settings.mirror_axes else "without mirroring"
+    rejected = f" ({len(listing.rejected)} rejected)" if listing.rejected else ""
+    return (
+        f"predicting {len(listing.cases)} cases{rejected} with {bundle.manifest.name} "
+        f"(fold {', '.join(bundle.folds)}) on {settings.device} in {settings.precision}, {flips}"
+    )
