@@ -12,6 +12,8 @@ from medmamba.networks.lightm_unet import (
 )
 from medmamba.networks.mambaclinix import MAMBACLINIX, MAMBACLINIX_GATED
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.swin_umamba import SWIN_UMAMBA, SWIN_UMAMBA_D
+from medmamba.networks.swin_umamba_3d import SWIN_UMAMBA_3D
 from medmamba.networks.umamba import UMAMBA_BOT, UMAMBA_ENC
 from medmamba.networks.umamba_v1 import UMAMBA_BOT_V1, UMAMBA_ENC_V1
 from medmamba.networks.unet import PLAIN_UNET, RESENC_UNET
@@ -25,6 +27,9 @@ NETWORKS: dict[str, NetworkDefinition] = {
     "mambaclinix_gated": MAMBACLINIX_GATED,
     "plain_unet": PLAIN_UNET,
     "resenc_unet": RESENC_UNET,
+    "swin_umamba": SWIN_UMAMBA,
+    "swin_umamba_3d": SWIN_UMAMBA_3D,
+    "swin_umamba_d": SWIN_UMAMBA_D,
     "umamba_bot": UMAMBA_BOT,
     "umamba_bot_v1": UMAMBA_BOT_V1,
     "umamba_enc": UMAMBA_ENC,

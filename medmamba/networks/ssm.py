@@ -215,7 +215,8 @@ class DirectionalScan(nn.Module):
         super().__init__()
         inner, rank = expand * d_model, step_rank(d_model)
         count = count_directions(order, dimension)
-        self.order, self.reverse, self.d_state = order, reverse, d_state
+        self.dimension, self.d_state = dimension, d_state
+        self.order, self.reverse = order, reverse
         self.merge = require_merge(merge, ("sum", "mean", "attention"))
         self.x_proj_weight = nn.Parameter(torch.empty(count, rank + 2 * d_state, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(count, inner, rank))

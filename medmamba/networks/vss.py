@@ -114,7 +114,7 @@ class VSSEncoder(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(in_channels, widths[0], strides[0])
         rates = iter(drop_rates(sum(blocks), 0.0, drop_path))
-        dimension = len(strides[0])
+        self.dimension = dimension = len(strides[0])
         self.layers = nn.ModuleList(
             vss_stage(width, dimension, [next(rates) for _ in range(count)], mixer, options)
             for width, count in zip(widths, blocks, strict=True)
