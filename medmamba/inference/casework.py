@@ -1,0 +1,346 @@
+"""One case in three stages, each of which ends well or in a record that says why not.
+
+``read`` (resume check, load, preprocess), ``infer`` (networks), ``export`` (restore, measure,
+write, commit) run in different threads; a job passes from one to the next and is never shared.
+"""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from medmamba.dataset import Case, load_case
+from medmamba.errors import GeometryError, InputError, MedMambaError
+from medmamba.files import hash_file, to_json, write_atomic
+from medmamba.inference.draining import CaseAbandonedError, DrainRequest, Stopwatch
+from medmamba.inference.journal import Run
+from medmamba.inference.records import (
+    CaseError,
+    CommitRecord,
+    InputIdentity,
+    LabelStatistics,
+    ModelIdentity,
+    OutputFile,
+    Status,
+    describe_labels,
+    identify,
+    read_record,
+    redacted,
+    still_holds,
+    work_key,
+)
+from medmamba.io import FORMATS, SourceHeader, write_labels
+from medmamba.labels import LabelMap
+from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
+from medmamba.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+SAFE_CASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+
+
+class InferredLogits(Protocol):
+    """What a network made of a case."""
+
+    @property
+    def logits(self) -> Any:
+        """(K, d, h, w) on the working grid, on the CPU."""
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What had to be done differently than asked for."""
+
+
+class CasePredictor(Protocol):
+    """What the engine needs of ``predictor.Predictor``; tests give it something simpler."""
+
+    label_map: LabelMap
+
+    @property
+    def channels(self) -> int:
+        """Image channels a case must have."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Everything that decides which labels come out, as JSON values."""
+
+    def prepare(self, image: Volume) -> PreprocessedCase:
+        """Bring an image to the working grid."""
+
+    def infer(
+        self, prepared: PreprocessedCase, *, on_tiles: Callable[[int, int], None] | None = None
+    ) -> InferredLogits:
+        """Run the networks."""
+
+    def restore(self, logits: Any, record: UndoRecord) -> NDArray[Any]:
+        """Turn logits into labels (D, H, W) on the raw image's grid."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A case on its way; a record ends it, and later stages then pass it on untouched."""
+
+    case: Case
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    inputs: tuple[InputIdentity, ...] = ()
+    key: str = ""
+    header: SourceHeader | None = None
+    prepared: PreprocessedCase | None = None
+    undo: UndoRecord | None = None
+    inferred: InferredLogits | None = None
+    record: CommitRecord | None = None
+    short_of_memory: bool = False
+    abandoned: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing remains to be done."""
+        return self.record is not None or self.abandoned
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the arrays that the job holds."""
+        prepared = 0 if self.prepared is None else self.prepared.data.nbytes
+        logits = 0 if self.inferred is None else int(self.inferred.logits.nbytes)
+        return prepared + logits
+
+
+class CaseWork:
+    """The stages of a case, for one model and one output folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        predictor: CasePredictor,
+        *,
+        model: ModelIdentity,
+        run: Run,
+        overwrite: str,
+    ) -> None:
+        self._folder = folder
+        self._predictor = predictor
+        self._model = model
+        self._run = run
+        self._overwrite = overwrite
+        self._parameters = predictor.parameters()
+
+    def read(self, case: Case) -> Job:
+        """Decide whether there is work to do, and bring the case to the working grid."""
+        job = Job(case=case)
+        with _Guard(self, job, "read"):
+            job.inputs = identify(case.images)
+            job.key = work_key(job.inputs, self._model, self._parameters)
+            job.record = self._kept(case, job.key)
+            if job.record is None:
+                with job.watch.time("read"):
+                    image, _, job.header = load_case(case, channels=self._predictor.channels)
+                with job.watch.time("preprocess"):
+                    job.prepared = self._predictor.prepare(image)
+        return job
+
+    def infer(self, job: Job, drain: DrainRequest) -> Job:
+        """Run the networks, unless a signal asks to stop and the case would take too long."""
+        if job.over:
+            return job
+        with _Guard(self, job, "infer"), job.watch.time("infer"):
+            assert job.prepared is not None
+            job.undo = job.prepared.record
+            job.inferred = self._predictor.infer(job.prepared, on_tiles=_watchful(drain))
+        job.prepared = None
+        return job
+
+    def export(self, job: Job) -> Job:
+        """Write mask and record."""
+        if job.over:
+            return job
+        with _Guard(self, job, "export"):
+            assert job.inferred is not None
+            assert job.undo is not None
+            assert job.header is not None
+            with job.watch.time("restore"):
+                labels = self._predictor.restore(job.inferred.logits, job.undo)
+            self._commit(job, labels, job.header)
+        job.inferred = None
+        return job
+
+    def refuse(self, case_id: str, error: CaseError) -> CommitRecord:
+        """Record a case that never became a job."""
+        job = Job(case=Case(id=safe_case_id(case_id), images=()))
+        return self.end(job, "rejected", error)
+
+    def end(self, job: Job, status: Status, error: CaseError) -> CommitRecord:
+        """Record a case that has no mask; an old one is set aside, for it belongs to nothing."""
+        record = self._record(job, failure=status, error=error)
+        self._clear(job.case.id)
+        self._store(record)
+        return record
+
+    def _kept(self, case: Case, key: str) -> CommitRecord | None:
+        record = read_record(self._record_path(case.id))
+        if self._overwrite == "always":
+            return None
+        if not still_holds(record, self._folder):
+            return None
+        assert record is not None
+        if record.key != key and self._overwrite != "never":
+            return None
+        self._run.log("skipped", case=case.id)
+        return replace(record, status="skipped")
+
+    def _commit(self, job: Job, labels: NDArray[Any], header: SourceHeader) -> None:
+        case = job.case
+        path = self._folder / f"{case.id}{mask_suffix(header)}"
+        self._clear(case.id, keep=path.name)
+        label_map = self._predictor.label_map
+        with job.watch.time("write"):
+            write_labels(path, labels, header, label_names=dict(label_map.foreground))
+        output = OutputFile(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
+        statistics = describe_labels(labels, header.geometry, label_map)
+        job.record = self._record(job, output=output, labels=statistics)
+        self._store(job.record)
+
+    def _clear(self, case_id: str, *, keep: str = "") -> None:
+        """Make the case count as not done, and set aside masks that no record vouches for.
+
+        Args:
+            case_id: the case.
+            keep: name of the mask that is about to be replaced; if it is as we wrote it, it goes
+                when the new one is there.
+        """
+        old = read_record(self._record_path(case_id))
+        vouched = old.output.name if old and old.output and still_holds(old, self._folder) else ""
+        self._record_path(case_id).unlink(missing_ok=True)
+        for suffix in FORMATS:
+            mask = self._folder / f"{case_id}{suffix}"
+            if mask.exists() and not mask.name == vouched == keep:
+                self._run.set_aside(mask)
+
+    def _record(
+        self,
+        job: Job,
+        *,
+        failure: Status | None = None,
+        error: CaseError | None = None,
+        output: OutputFile | None = None,
+        labels: tuple[LabelStatistics, ...] = (),
+    ) -> CommitRecord:
+        warnings = _warnings(job, labels)
+        record = CommitRecord(
+            case_id=job.case.id,
+            status=failure or ("ok_with_warnings" if warnings else "ok"),
+            warnings=warnings,
+            error=error,
+            key=job.key,
+            inputs=job.inputs,
+            geometry=None if job.header is None else job.header.geometry,
+            model=self._model,
+            parameters=self._parameters,
+            fallbacks=() if job.inferred is None else job.inferred.fallbacks,
+            labels=labels,
+            output=output,
+            timings_s=dict(job.watch.seconds),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        return redacted(record, job.case.images)
+
+    def _store(self, record: CommitRecord) -> None:
+        write_atomic(self._record_path(record.case_id), to_json(record))
+        code = record.error.code if record.error else ""
+        output = record.output.sha256 if record.output else ""
+        self._run.log(record.status, case=record.case_id, error=code, output=output)
+
+    def _record_path(self, case_id: str) -> Path:
+        return self._folder / f"{case_id}.json"
+
+
+class _Guard(AbstractContextManager[None]):
+    """Turns whatever goes wrong in a stage into the record of its case."""
+
+    def __init__(self, work: CaseWork, job: Job, stage: str) -> None:
+        self._work = work
+        self._job = job
+        self._stage = stage
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        """Swallow what is the case's fault or ours; let go what ends the process."""
+        if problem is None or not isinstance(problem, Exception):
+            return False
+        if isinstance(problem, CaseAbandonedError):
+            self._job.abandoned = True
+            return True
+        status, code, message = self._judge(problem)
+        self._job.prepared = None
+        self._job.inferred = None
+        error = CaseError(code=code, stage=self._stage, message=message)
+        self._job.record = self._work.end(self._job, status, error)
+        return True
+
+    def _judge(self, problem: Exception) -> tuple[Status, str, str]:
+        if isinstance(problem, InputError | GeometryError):
+            return "rejected", problem.code, problem.message
+        if isinstance(problem, MedMambaError):
+            return "failed", problem.code, problem.message
+        if isinstance(problem, MemoryError):
+            self._job.short_of_memory = True
+            return (
+                "failed",
+                "E_MEM_HOST",
+                f"case {self._job.case.id}: host memory ran out during {self._stage}. "
+                "Use a machine with more memory.",
+            )
+        logger.exception("case %s: unexpected error during %s", self._job.case.id, self._stage)
+        text = f"case {self._job.case.id}: {type(problem).__name__} during {self._stage}: {problem}"
+        return "failed", "E_INTERNAL", text
+
+
+def mask_suffix(header: SourceHeader) -> str:
+    """Return the file ending of a mask: NIfTI is always compressed, others keep theirs."""
+    return ".nii.gz" if header.format == "nifti" else header.suffix
+
+
+def safe_case_id(case_id: str) -> str:
+    """Return the id, or one made from it that is safe as a file name."""
+    if SAFE_CASE_ID.fullmatch(case_id):
+        return case_id
+    kept = re.sub(r"[^A-Za-z0-9]+", "-", case_id).strip("-")[:60] or "case"
+    return f"{kept}-{sha256(case_id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def _warnings(job: Job, labels: tuple[LabelStatistics, ...]) -> tuple[str, ...]:
+    known = () if job.header is None else job.header.warnings
+    warnings = [text for text in known if text.startswith("W_")]
+    if job.inferred is not None:
+        warnings += [f"W_FALLBACK: {text}" for text in job.inferred.fallbacks]
+    if labels and not any(item.voxels for item in labels):
+        warnings.append("W_MASK_EMPTY: the networks found no label anywhere")
+    return tuple(warnings)
+
+
+def _watchful(drain: DrainRequest) -> Callable[[int, int], None]:
+    start = time.monotonic()
+    return lambda done, total: drain.check(
+        done=done, total=total, elapsed_s=time.monotonic() - start
+    )

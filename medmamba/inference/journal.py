@@ -1,0 +1,197 @@
+"""What a prediction run leaves behind besides masks: ``run/<run_id>/``.
+
+The journal is a log and never the truth: one line per event, each with the hash of the one before,
+so that later edits show. Commit records are the truth.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medmamba import __version__
+from medmamba.errors import EnvironmentFault
+from medmamba.files import TEMPORARY_PREFIX, to_csv, to_json, write_atomic
+from medmamba.inference.records import CommitRecord
+
+RUNS_FOLDER = "run"
+
+LIVE_MARKER = "running"
+"""Holds host and process of a run until it ends."""
+
+STALE_AFTER_S = 3600
+"""A temporary file not touched for this long belongs to no running process."""
+
+SUMMARY_COLUMNS = (
+    "case",
+    "status",
+    "error",
+    "label",
+    "voxels",
+    "volume_ml",
+    "n_components",
+    "touches_border",
+)
+
+
+def new_run_id() -> str:
+    """Return a name that sorts by time and is unique whatever the clock says."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+
+
+class Run:
+    """One run's folder, opened for writing.
+
+    Args:
+        folder: where masks go; the run's own folder is made inside.
+        run_id: its name; a new one when omitted.
+        worker: number of this process among those that share the run.
+    """
+
+    def __init__(self, folder: Path, run_id: str | None = None, *, worker: int = 0) -> None:
+        self.run_id = run_id or new_run_id()
+        self.folder = folder / RUNS_FOLDER / self.run_id
+        self._journal = self.folder / f"journal-{worker}.jsonl"
+        self._previous = ""
+        self._lock = threading.Lock()
+        self._started = datetime.now(UTC)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._journal.touch()
+            marker = f"{platform.node()} {os.getpid()}"
+            (self.folder / LIVE_MARKER).write_text(marker, encoding="utf-8")
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one event, durably.
+
+        Raises:
+            EnvironmentFault: the disk is full or gone.
+        """
+        with self._lock:
+            entry = {"event": event, "time": _now(), **values, "previous": self._previous}
+            line = json.dumps(entry, ensure_ascii=False, sort_keys=True)
+            try:
+                with self._journal.open("ab") as handle:
+                    handle.write(line.encode() + b"\n")
+                    handle.flush()
+                    os.fsync(handle.fileno())
+            except OSError as error:
+                raise _not_writable(self._journal, error) from error
+            self._previous = hashlib.sha256(line.encode()).hexdigest()
+
+    def set_aside(self, path: Path) -> None:
+        """Move a mask that no record vouches for into the run's folder, as evidence."""
+        target = self.folder / "superseded" / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+
+    def finish(
+        self, records: Sequence[CommitRecord], *, context: Mapping[str, Any], exit_code: int
+    ) -> None:
+        """Write ``summary.csv`` and ``manifest.json``."""
+        write_atomic(self.folder / "summary.csv", to_csv(SUMMARY_COLUMNS, _rows(records)))
+        counts: dict[str, int] = {}
+        for record in records:
+            counts[record.status] = counts.get(record.status, 0) + 1
+        manifest = {
+            "run_id": self.run_id,
+            "version": __version__,
+            "started": self._started.isoformat(timespec="seconds"),
+            "ended": _now(),
+            "host": {"machine": platform.machine(), "processors": os.cpu_count()},
+            **context,
+            "exit_code": exit_code,
+            "counts": counts,
+            "cases": [
+                {
+                    "case_id": record.case_id,
+                    "status": record.status,
+                    "inputs": [identity.sha256 for identity in record.inputs],
+                    "output": None if record.output is None else record.output.sha256,
+                }
+                for record in records
+            ],
+            "journal_sha256": self._previous,
+        }
+        write_atomic(self.folder / "manifest.json", to_json(manifest))
+        self.close()
+
+    def close(self) -> None:
+        """Say that this run is over."""
+        (self.folder / LIVE_MARKER).unlink(missing_ok=True)
+
+
+def sweep_temporary_files(folder: Path) -> int:
+    """Remove what killed runs left half-written, and return how many files that were.
+
+    While another run is alive in the folder, only files untouched for an hour go.
+    """
+    alive = any(_is_alive(marker) for marker in folder.glob(f"{RUNS_FOLDER}/*/{LIVE_MARKER}"))
+    oldest = time.time() - STALE_AFTER_S if alive else float("inf")
+    removed = 0
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        try:
+            if path.is_file() and path.stat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+        except FileNotFoundError:
+            continue
+    return removed
+
+
+def _is_alive(marker: Path) -> bool:
+    """Tell whether the process that left a marker still runs; on another host it may."""
+    try:
+        host, _, pid = marker.read_text(encoding="utf-8").partition(" ")
+        if host != platform.node():
+            return True
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        marker.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _rows(records: Sequence[CommitRecord]) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for record in records:
+        code = record.error.code if record.error else ""
+        if not record.labels:
+            rows.append([record.case_id, record.status, code, "", None, None, None, None])
+        rows += [
+            [
+                record.case_id,
+                record.status,
+                code,
+                item.name,
+                item.voxels,
+                round(item.volume_ml, 6),
+                item.n_components,
+                item.touches_border,
+            ]
+            for item in record.labels
+        ]
+    return rows
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _not_writable(path: Path, error: OSError) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{path}: cannot be written ({error.strerror or error}). "
+        "Check permissions and free space of the output folder.",
+        code="E_OUT_NOT_WRITABLE",
+    )

@@ -1,0 +1,249 @@
+"""The commit record of a case: what was done, with what, to which bytes, and what came out.
+
+``<case>.json`` is written last, so its presence says that the case is done; whether it still
+holds is decided by content (hashes), never by time. No torch.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import find_objects, label
+
+from medmamba import __version__
+from medmamba.errors import InputError, MedMambaError
+from medmamba.files import RECORD_CONFIG, from_plain, hash_file, hash_values, read_json
+from medmamba.labels import LabelMap
+from medmamba.volume import Geometry
+
+RECORD_VERSION = 1
+
+Status = Literal["ok", "ok_with_warnings", "rejected", "failed", "skipped"]
+"""``skipped`` is never stored: it says of a run that the stored record still held."""
+
+DONE: tuple[Status, ...] = ("ok", "ok_with_warnings", "skipped")
+
+FULL_CONNECTIVITY = np.ones((3, 3, 3))
+"""Voxels that touch by a corner belong to one component, as in postprocessing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseError:
+    """Why a case has no mask."""
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    code: str
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputIdentity:
+    """One input file, by name and content; never by the folders above it."""
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model, for people (name) and for good (hash of its files)."""
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelStatistics:
+    """Size and place of one label or region in a mask.
+
+    Args:
+        box: half-open index ranges along (D, H, W); None where the label is absent.
+        touches_border: whether the structure may go on outside the image.
+        n_components: parts that do not touch, not even by a corner.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    name: str
+    values: tuple[int, ...]
+    voxels: int
+    volume_ml: float
+    n_components: int
+    touches_border: bool
+    box: tuple[tuple[int, int], ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFile:
+    """The mask."""
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord:
+    """Everything to know about one predicted case.
+
+    Args:
+        case_id: name of the case.
+        status: ``rejected`` when the input cannot be trusted, ``failed`` when we could not do it.
+        warnings: as ``CODE: text``.
+        error: why there is no mask.
+        key: hash of inputs, model and parameters; a mask with the same key need not be made again.
+        inputs: the files read.
+        geometry: the grid of the mask, which is that of the first input.
+        model: which networks.
+        parameters: everything that decides which labels come out.
+        fallbacks: what had to be done differently than asked for, such as less memory.
+        labels: per label and region.
+        output: the mask; None without one.
+        timings_s: seconds per stage.
+        peak_memory_bytes: of the process so far.
+        version: of medmamba.
+        record_version: raised when older programs could misread a record.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    case_id: str
+    status: Status
+    warnings: tuple[str, ...] = ()
+    error: CaseError | None = None
+    key: str = ""
+    inputs: tuple[InputIdentity, ...] = ()
+    geometry: Geometry | None = None
+    model: ModelIdentity | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    fallbacks: tuple[str, ...] = ()
+    labels: tuple[LabelStatistics, ...] = ()
+    output: OutputFile | None = None
+    timings_s: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    version: str = __version__
+    record_version: int = RECORD_VERSION
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether there is a mask."""
+        return self.status in DONE
+
+
+def identify(paths: tuple[Path, ...]) -> tuple[InputIdentity, ...]:
+    """Hash input files.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    try:
+        return tuple(
+            InputIdentity(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
+            for path in paths
+        )
+    except OSError as error:
+        name = Path(error.filename or "input").name
+        raise InputError(
+            f"{name}: cannot be read ({error.strerror}). Check the path and its permissions.",
+            code="E_IO_READ",
+        ) from error
+
+
+def work_key(
+    inputs: tuple[InputIdentity, ...], model: ModelIdentity, parameters: dict[str, Any]
+) -> str:
+    """Return the hash of everything a mask follows from; names of files do not count."""
+    contents = [identity.sha256 for identity in inputs]
+    return hash_values([contents, model.sha256, parameters, __version__])
+
+
+def read_record(path: Path) -> CommitRecord | None:
+    """Read a commit record; None where there is none that this version understands."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path, what="commit record", error=MedMambaError)
+        return from_plain(CommitRecord, content, what=str(path), error=MedMambaError)
+    except MedMambaError:
+        return None
+
+
+def still_holds(record: CommitRecord | None, folder: Path) -> bool:
+    """Tell whether the mask that a record speaks of is there, byte for byte."""
+    if record is None or not record.succeeded or record.output is None:
+        return False
+    mask = folder / record.output.name
+    if not mask.is_file() or mask.stat().st_size != record.output.size_bytes:
+        return False
+    return hash_file(mask) == record.output.sha256
+
+
+def describe_labels(
+    labels: NDArray[np.unsignedinteger[Any]], geometry: Geometry, label_map: LabelMap
+) -> tuple[LabelStatistics, ...]:
+    """Measure every label and region of a mask (D, H, W)."""
+    boxes = find_objects(labels.astype(np.int32, copy=False))
+    measured = []
+    for name, values in label_map.foreground.items():
+        members = [boxes[value - 1] for value in values if value <= len(boxes)]
+        box = _joined([member for member in members if member is not None])
+        mask = None if box is None else np.isin(labels[box], values)
+        voxels = 0 if mask is None else int(np.count_nonzero(mask))
+        measured.append(
+            LabelStatistics(
+                name=name,
+                values=values,
+                voxels=voxels,
+                volume_ml=voxels * geometry.voxel_volume_ml,
+                n_components=0 if mask is None else int(label(mask, FULL_CONNECTIVITY)[1]),
+                touches_border=box is not None and _touches(box, labels.shape),
+                box=None if box is None else tuple((part.start, part.stop) for part in box),
+            )
+        )
+    return tuple(measured)
+
+
+def redacted(record: CommitRecord, paths: tuple[Path, ...]) -> CommitRecord:
+    """Return the record with the folders of ``paths`` cut out of its texts."""
+    folders = sorted({str(path.parent) for path in paths}, key=len, reverse=True)
+
+    def clean(text: str) -> str:
+        for folder in folders:
+            text = text.replace(folder + "/", "").replace(folder + "\\", "")
+        return text
+
+    error = record.error
+    if error is not None:
+        error = dataclasses.replace(error, message=clean(error.message))
+    return dataclasses.replace(
+        record, error=error, warnings=tuple(clean(warning) for warning in record.warnings)
+    )
+
+
+def _joined(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...] | None:
+    if not boxes:
+        return None
+    return tuple(
+        slice(min(part.start for part in parts), max(part.stop for part in parts))
+        for parts in zip(*boxes, strict=True)
+    )
+
+
+def _touches(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    """A single slice has no border in its missing direction."""
+    return any(
+        size > 1 and (part.start == 0 or part.stop == size)
+        for part, size in zip(box, shape, strict=True)
+    )
