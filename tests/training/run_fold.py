@@ -1,10 +1,11 @@
 """Trains the tests' tiny fold in a process of its own, so that it can be killed.
 
-Usage: run_fold.py STORE RUN EPOCHS ITERATIONS [--resume] [--slow SECONDS]
+Usage: run_fold.py STORE RUN RECIPE [--slow SECONDS]; RECIPE is JSON
 """
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("store", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("epochs", type=int)
-    parser.add_argument("iterations", type=int)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("recipe", type=json.loads)
     parser.add_argument("--slow", type=float, default=0.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -30,25 +29,17 @@ def main() -> None:
     from medmamba.errors import MedMambaError
     from medmamba.training.trainer import train_fold
 
-    setup = inputs.build_setup(
-        arguments.store,
-        arguments.run,
-        recipe={
-            "epochs": arguments.epochs,
-            "iterations": arguments.iterations,
-            "validation_iterations": 1,
-            "weight_averaging": 0.9,
-        },
-    )
+    setup = inputs.build_setup(arguments.store, arguments.run, recipe=arguments.recipe)
 
     def report(epoch) -> None:
-        print(f"epoch {epoch.epoch}", flush=True)
+        sys.stdout.write(f"epoch {epoch.epoch}\n")
+        sys.stdout.flush()
         time.sleep(arguments.slow)
 
     try:
-        train_fold(setup, resume=arguments.resume, on_progress=report)
+        train_fold(setup, on_progress=report)
     except MedMambaError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
 
 

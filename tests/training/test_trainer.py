@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,25 @@ import pytest
 import torch
 
 from medmamba.errors import CheckpointError, TrainingError
+from medmamba.preprocessing.pipeline import PreprocessedCase
+from medmamba.preprocessing.store import CaseStore
 from medmamba.training import trainer
 from medmamba.training.checkpoint import load_state, prediction_weights
 from medmamba.training.progress import read_log
 from medmamba.training.sampling import PatchSampler
-from medmamba.training.trainer import train_fold
+from medmamba.training.trainer import TrainingSetup, train_fold
 
 SCRIPT = Path(__file__).with_name("run_fold.py")
+
+
+def recipe_of(epochs: int) -> dict:
+    return {
+        "epochs": epochs,
+        "iterations": 3,
+        "validation_iterations": 1,
+        "weight_averaging": 0.9,
+        "augmentation": "none",
+    }
 
 
 def losses(run_folder: Path) -> list[tuple[int, float, float]]:
@@ -47,9 +60,17 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def start(store: Path, run: Path, *options: str, epochs: int = 4) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), str(store), str(run), str(epochs), "3", *options]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(store),
+        str(run),
+        json.dumps(recipe_of(epochs)),
+        *options,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
 
 
@@ -101,10 +122,14 @@ def test_timing_of_the_loader_changes_nothing(make_setup, tmp_path: Path, monkey
     assert_same_run(setup.run_folder, other.run_folder)
 
 
-def test_a_killed_run_resumes_bit_for_bit(store_folder: Path, tmp_path: Path) -> None:
+def plain_setup(make_setup, run_folder: Path, epochs: int) -> TrainingSetup:
+    return dataclasses.replace(make_setup(recipe=recipe_of(epochs)), run_folder=run_folder)
+
+
+def test_a_killed_run_resumes_bit_for_bit(make_setup, store_folder: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = start(store_folder, whole)
     process = start(store_folder, killed, "--slow", "0.3")
+    train_fold(plain_setup(make_setup, whole, 4))
     for line in process.stdout:
         if line.strip() == "epoch 1":
             # Inside or just after the next epoch, wherever the process is by then.
@@ -112,35 +137,30 @@ def test_a_killed_run_resumes_bit_for_bit(store_folder: Path, tmp_path: Path) ->
             process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert undisturbed.communicate(timeout=60) and undisturbed.returncode == 0
     done = load_state(killed / "checkpoint_latest.safetensors").iteration
     assert 0 < done < 12
-    resumed = start(store_folder, killed, "--resume")
-    _, errors = resumed.communicate(timeout=60)
-    assert resumed.returncode == 0, errors
+    train_fold(plain_setup(make_setup, killed, 4), resume=True)
     assert_same_run(whole, killed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_resumes_bit_for_bit(
-    store_folder: Path, tmp_path: Path, number: int, code: int
+def test_sigterm_saves_and_the_run_resumes_bit_for_bit(
+    make_setup, store_folder: Path, tmp_path: Path
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    undisturbed = start(store_folder, whole, epochs=6)
-    process = start(store_folder, stopped, epochs=6)
+    process = start(store_folder, stopped, "--slow", "0.2", epochs=6)
+    train_fold(plain_setup(make_setup, whole, 6))
     assert process.stdout.readline().strip() == "epoch 0"
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    assert process.returncode == 143, errors
     assert "--resume" in errors
-    resumed = start(store_folder, stopped, "--resume", epochs=6)
-    assert resumed.communicate(timeout=60) and resumed.returncode == 0
-    assert undisturbed.communicate(timeout=60) and undisturbed.returncode == 0
+    train_fold(plain_setup(make_setup, stopped, 6), resume=True)
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_in_the_middle_of_an_epoch_resumes_bit_for_bit(
-    make_setup, tmp_path: Path, monkeypatch
+    make_setup, tmp_path: Path, monkeypatch, number: int, code: int
 ) -> None:
     setup = make_setup()
     train_fold(setup)
@@ -150,12 +170,12 @@ def test_a_stop_in_the_middle_of_an_epoch_resumes_bit_for_bit(
     def stop_after_six(self, batch):
         step(self, batch)
         if batch.iteration == 5:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(trainer._FoldRun, "_step", stop_after_six)
     with pytest.raises(TrainingError) as caught:
         train_fold(other)
-    assert caught.value.exit_code == 143
+    assert caught.value.exit_code == code
     monkeypatch.undo()
     state = load_state(other.run_folder / "checkpoint_latest.safetensors")
     assert (state.epoch, state.steps, state.iteration) == (1, 2, 6)
@@ -205,24 +225,17 @@ def test_a_damaged_checkpoint_is_named(make_setup) -> None:
         train_fold(setup, resume=True)
 
 
-def poison(store_folder: Path, value: float) -> None:
-    from medmamba.preprocessing.store import CaseStore
-
-    from dataclasses import replace as change
-
+def poison(store_folder: Path) -> None:
     store = CaseStore(store_folder)
     for case_id in store.case_ids():
         case = store.open(case_id)
-        data = np.full(case.data.shape, value, np.float32)
-        from medmamba.preprocessing.pipeline import PreprocessedCase
-
         broken = PreprocessedCase(
-            data=data,
+            data=np.full(case.data.shape, np.nan, np.float32),
             labels=case.labels[:],
             record=case.record,
             class_locations=case.class_locations,
         )
-        store.write(case_id, change(broken), key="k", patch_size=(8, 16, 16))
+        store.write(case_id, broken, key="k", patch_size=(8, 16, 16))
 
 
 def test_losses_that_are_not_finite_stop_with_the_last_good_state(
@@ -231,7 +244,7 @@ def test_losses_that_are_not_finite_stop_with_the_last_good_state(
     setup = make_setup(recipe={"epochs": 2, "augmentation": "none"})
     train_fold(setup)
     good = weights(setup.run_folder)
-    poison(store_folder, np.nan)
+    poison(store_folder)
     longer = make_setup(recipe={"epochs": 9, "iterations": 12, "augmentation": "none"}, extend=True)
     with pytest.raises(TrainingError, match=r"cases case_0\d") as caught:
         train_fold(longer, resume=True)
@@ -276,4 +289,4 @@ def test_a_time_budget_is_kept_and_the_rate_ends(make_setup) -> None:
     rates = [row["lr"] for row in read_log(setup.run_folder / "log.jsonl") if row["kind"] == "step"]
     assert rates[0] == setup.recipe.learning_rate
     assert rates[-1] < 0.1 * rates[0]
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates))
