@@ -4,6 +4,7 @@ A file appears under its final name only once its bytes are complete and on disk
 through pydantic, so an unknown key or a wrong type is an error that names the key.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -59,7 +60,9 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
             code="E_IO_WRITE",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder itself is at fault there is nothing to remove, and the error is known.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Small facts about affines that every reader shares: exact lengths, plausibility, right angles."""
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,7 @@ SHEAR_LIMIT = 0.5
 """Cosine of the flattest angle between axes (60 degrees) that straightening is offered for."""
 PLANE_SLICE_MM = 999.0
 """Slice distance given to a 2D image, in units of its coarser spacing: nnU-Net's convention."""
+_ULP_STEPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)
 
 Matrix = NDArray[np.float64]
 
@@ -25,14 +28,14 @@ def to_geometry(matrix: Matrix, shape: tuple[int, int, int]) -> Geometry:
 def column_of_length(direction: Matrix, length: float) -> Matrix:
     """Scale ``direction`` so that its norm, as numpy computes it, is exactly ``length``.
 
-    The largest component is moved by single units in the last place until it is.
+    The two largest components are moved by single units in the last place until it is.
     """
     column = np.asarray(direction / np.linalg.norm(direction) * length)
-    largest = int(np.abs(column).argmax())
-    for steps in (0, 1, -1, 2, -2, 3, -3, 4, -4):
+    middle, largest = np.argsort(np.abs(column))[1:]
+    for small, large in itertools.product(_ULP_STEPS, repeat=2):
         trial = column.copy()
-        for _ in range(abs(steps)):
-            trial[largest] = np.nextafter(trial[largest], np.sign(steps) * np.inf)
+        trial[largest] += large * np.spacing(trial[largest])
+        trial[middle] += small * np.spacing(trial[middle])
         if float(np.linalg.norm(trial)) == length:
             return trial
     return column

@@ -187,7 +187,7 @@ def write(
 
 def _output_header(source: SourceHeader, labels: NDArray[np.integer[Any]]) -> Any:
     """A fresh header: only grid fields are copied, never text that may name people."""
-    block = bytes.fromhex(source.nifti_header)
+    block = bytes.fromhex(source.nifti_header) or _header_of(source)
     is_second = len(block) == NIFTI2_BYTES
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     old = kind(block, endianness="<", check=False)
@@ -205,6 +205,17 @@ def _output_header(source: SourceHeader, labels: NDArray[np.integer[Any]]) -> An
     new["descrip"] = _DESCRIPTION
     new["magic"] = b"n+2" if is_second else b"n+1"
     return new
+
+
+def _header_of(source: SourceHeader) -> bytes:
+    """A header that states the geometry of an image of another format."""
+    header = nibabel.Nifti1Header(endianness="<")
+    matrix = source.geometry.matrix[:, [2, 1, 0, 3]]
+    header.set_data_shape(source.geometry.shape[::-1])
+    header.set_qform(matrix, code=1)
+    header.set_sform(matrix, code=1)
+    header.set_xyzt_units("mm")
+    return bytes(header.binaryblock)
 
 
 def _extension(text: str | None) -> bytes:
