@@ -13,10 +13,8 @@ triton_forward.py.
 """
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
-# mypy: disable-error-code="untyped-decorator,assignment"
+# mypy: disable-error-code="untyped-decorator,assignment,no-untyped-def,no-untyped-call"
 # ruff: noqa: B007, RUF005
-
-from typing import Any
 
 import triton  # noqa: TID251  (part of triton's door)
 import triton.language as tl  # noqa: TID251
@@ -40,70 +38,111 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sum_channels(value: Any) -> Any:
-    """Sum over the channels of a tile, in a fixed order."""
-    return tl.sum(value, axis=0)
+def halve(values, lanes, K: tl.constexpr, BIT: tl.constexpr):
+    """One step of a reduce-scatter: lanes that differ in BIT swap halves of 2 K values and add."""
+    upper = (lanes & BIT) != 0
+    partner = lanes ^ BIT
+    halved = ()
+    for k in tl.static_range(K):
+        kept = tl.where(upper, values[k + K], values[k])
+        sent = tl.where(upper, values[k], values[k + K])
+        halved = halved + (kept + tl.gather(sent, partner, 0),)
+    return halved
+
+
+@triton.jit
+def store_sums(
+    pointer,
+    values,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    LANE_BITS: tl.constexpr,
+):
+    """Sum each of N vectors over the channels of the tile, in a fixed order, and store the N sums.
+
+    A butterfly in which every exchange also halves the number of values (N + log2(lanes / N)
+    shuffles, against N log2(lanes) for N separate sums), so that each lane ends with one state.
+    N is at most 2 ** LEVELS, and 2 ** LANE_BITS lanes hold BD channels.
+    """
+    lanes = tl.arange(0, 1 << LANE_BITS)
+    sums = ()
+    for n in tl.static_range(N):
+        own = tl.reshape(values[n], [1 << LANE_BITS, BD >> LANE_BITS])
+        sums = sums + (tl.sum(own, axis=1),)
+    for n in tl.static_range(N, 1 << LEVELS):
+        sums = sums + (tl.zeros([1 << LANE_BITS], tl.float32),)
+    for level in tl.static_range(LEVELS):
+        sums = halve(sums, lanes, 1 << (LEVELS - 1 - level), 1 << (LANE_BITS - 1 - level))
+    total = sums[0]
+    for level in tl.static_range(LEVELS, LANE_BITS):
+        total += tl.gather(total, lanes ^ (1 << (LANE_BITS - 1 - level)), 0)
+    n = lanes >> (LANE_BITS - LEVELS)
+    first = (lanes & ((1 << (LANE_BITS - LEVELS)) - 1)) == 0
+    tl.store(pointer + n, total, mask=first & (n < N))
 
 
 @triton.jit
 def forward_pass(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    skip: Any,
-    gate: Any,
-    delta_bias: Any,
-    order: Any,
-    states: Any,
-    carries: Any,
-    grad_out: Any,
-    partial: Any,
-    y_out: Any,
-    grad_gate: Any,
-    decay_sum: Any,
-    anchor: Any,
-    delta_sum: Any,
-    grad_C: Any,
-    grad_A: Any,
-    length: Any,
-    window: Any,
-    chunk_length: Any,
-    segment: Any,
-    per_window: Any,
-    chunks: Any,
-    segments_per_chunk: Any,
-    channels: Any,
-    group_channels: Any,
-    tiles_per_group: Any,
-    groups: Any,
-    batches: Any,
-    u_batch: Any,
-    u_row: Any,
-    delta_batch: Any,
-    delta_row: Any,
-    gate_batch: Any,
-    gate_row: Any,
-    out_batch: Any,
-    out_row: Any,
-    B_batch: Any,
-    B_row: Any,
-    B_group: Any,
-    C_batch: Any,
-    C_row: Any,
-    C_group: Any,
-    A_row: Any,
-    states_chunk: Any,
-    carries_chunk: Any,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    skip,
+    gate,
+    delta_bias,
+    order,
+    states,
+    carries,
+    grad_out,
+    partial,
+    y_out,
+    grad_gate,
+    decay_sum,
+    anchor,
+    delta_sum,
+    grad_C,
+    grad_A,
+    length,
+    window,
+    chunk_length,
+    segment,
+    per_window,
+    chunks,
+    segments_per_chunk,
+    channels,
+    group_channels,
+    tiles_per_group,
+    groups,
+    batches,
+    u_batch,
+    u_row,
+    delta_batch,
+    delta_row,
+    gate_batch,
+    gate_row,
+    out_batch,
+    out_row,
+    B_batch,
+    B_row,
+    B_group,
+    C_batch,
+    C_row,
+    C_group,
+    A_row,
+    states_chunk,
+    carries_chunk,
     N: tl.constexpr,
     BD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    LANE_BITS: tl.constexpr,
     EVEN: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
-) -> None:
+):
     """Recompute h; write R_t, anchors, the gradients of C and the gate, and a part of that of A.
 
     `decay_sum` (b, l, d) receives R_t; `anchor` and `delta_sum` (b, c, segments, d); `grad_C`
@@ -174,6 +213,7 @@ def forward_pass(
             total = tl.zeros([BD], tl.float32)
             moved = ()
             sloped = ()
+            shares = ()
             for n in tl.static_range(N):
                 kept = tl.exp2(dt * A2[n]) * state[n]
                 h = kept + driven * b[n]
@@ -187,9 +227,11 @@ def forward_pass(
                 sloped = sloped + (slope[n] + weighted * shown,)
                 moved = moved + (h,)
                 if grad_C is not None:
-                    tl.store(grad_C + row * groups * N + n, sum_channels(grad_y * seen))
+                    shares = shares + (grad_y * seen,)
             state = moved
             slope = sloped
+            if grad_C is not None:
+                store_sums(grad_C + row * groups * N, shares, N, BD, LEVELS, LANE_BITS)
             store(decay_sum + at, total, mask, EVEN)
             if y_out is not None:
                 store(y_out + at, y, mask, EVEN)
@@ -214,67 +256,69 @@ def forward_pass(
 
 @triton.jit
 def reverse_pass(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    skip: Any,
-    gate: Any,
-    delta_bias: Any,
-    order: Any,
-    carries: Any,
-    grad_out: Any,
-    partial_u: Any,
-    partial_delta: Any,
-    decay_sum: Any,
-    anchor: Any,
-    delta_sum: Any,
-    grad_u: Any,
-    grad_delta: Any,
-    grad_B: Any,
-    grad_A: Any,
-    grad_skip: Any,
-    grad_bias: Any,
-    grad_initial: Any,
-    length: Any,
-    window: Any,
-    chunk_length: Any,
-    segment: Any,
-    per_window: Any,
-    chunks: Any,
-    segments_per_chunk: Any,
-    channels: Any,
-    group_channels: Any,
-    tiles_per_group: Any,
-    groups: Any,
-    batches: Any,
-    u_batch: Any,
-    u_row: Any,
-    delta_batch: Any,
-    delta_row: Any,
-    gate_batch: Any,
-    gate_row: Any,
-    out_batch: Any,
-    out_row: Any,
-    B_batch: Any,
-    B_row: Any,
-    B_group: Any,
-    C_batch: Any,
-    C_row: Any,
-    C_group: Any,
-    A_row: Any,
-    carries_chunk: Any,
-    initial_batch: Any,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    skip,
+    gate,
+    delta_bias,
+    order,
+    carries,
+    grad_out,
+    partial_u,
+    partial_delta,
+    decay_sum,
+    anchor,
+    delta_sum,
+    grad_u,
+    grad_delta,
+    grad_B,
+    grad_A,
+    grad_skip,
+    grad_bias,
+    grad_initial,
+    length,
+    window,
+    chunk_length,
+    segment,
+    per_window,
+    chunks,
+    segments_per_chunk,
+    channels,
+    group_channels,
+    tiles_per_group,
+    groups,
+    batches,
+    u_batch,
+    u_row,
+    delta_batch,
+    delta_row,
+    gate_batch,
+    gate_row,
+    out_batch,
+    out_row,
+    B_batch,
+    B_row,
+    B_group,
+    C_batch,
+    C_row,
+    C_group,
+    A_row,
+    carries_chunk,
+    initial_batch,
     N: tl.constexpr,
     BD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    LANE_BITS: tl.constexpr,
     EVEN: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
     FINAL: tl.constexpr,
-) -> None:
+):
     """Recompute g against the walk of the forward; write all gradients that need it.
 
     DESCEND is the direction of the forward: this pass walks the other way. `partial_u` and
@@ -349,6 +393,7 @@ def reverse_pass(
             total = tl.zeros([BD], tl.float32)
             moved = ()
             sloped = ()
+            shares = ()
             for n in tl.static_range(N):
                 g = carry[n] + dy * c[n]
                 felt = g
@@ -360,9 +405,11 @@ def reverse_pass(
                 sloped = sloped + (slope[n] - weighted * fed,)
                 moved = moved + (tl.exp2(dt * A2[n]) * g,)
                 if grad_B is not None:
-                    tl.store(grad_B + row * groups * N + n, sum_channels(driven * felt))
+                    shares = shares + (driven * felt,)
             carry = moved
             slope = sloped
+            if grad_B is not None:
+                store_sums(grad_B + row * groups * N, shares, N, BD, LEVELS, LANE_BITS)
             running += dy * seen_sum - driven * total
             elapsed -= dt
             du = dt * pushed

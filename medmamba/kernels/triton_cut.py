@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from medmamba.kernels.arguments import ScanArguments
 
 # Chunk lengths are a pure function of shapes, so that results do not depend on the device: sized
@@ -25,13 +27,15 @@ class Tuning:
         tile: channels of one program; a power of two from 32.
         backward_tile: the same for the two passes of the backward.
         chunk: tokens of one program.
-        state_block: states of one program.
+        state_block: states of one program, at most 32.
+        lanes: threads of a warp.
     """
 
     tile: int | None = None
     backward_tile: int | None = None
     chunk: int | None = None
     state_block: int = STATE_BLOCK
+    lanes: int = 32 if torch.version.hip is None else 64
 
 
 DEFAULT = Tuning()

@@ -11,10 +11,8 @@ starts from `states`. Positions count the scan; `_token` turns them into rows of
 """
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
-# mypy: disable-error-code="untyped-decorator,assignment"
+# mypy: disable-error-code="untyped-decorator,assignment,no-untyped-def,no-untyped-call"
 # ruff: noqa: B007, RUF005, SIM102
-
-from typing import Any
 
 import triton  # noqa: TID251  (part of triton's door)
 import triton.language as tl  # noqa: TID251
@@ -25,7 +23,7 @@ PREFETCH = tl.constexpr(8)
 
 
 @triton.jit
-def log1p_of_unit(e: Any) -> Any:
+def log1p_of_unit(e):
     """Compute log(1 + e) for e in [0, 1].
 
     e times a Chebyshev fit of degree 9; relative error 5e-9 before rounding.
@@ -42,19 +40,19 @@ def log1p_of_unit(e: Any) -> Any:
 
 
 @triton.jit
-def softplus(x: Any) -> Any:
+def softplus(x):
     """Compute max(x, 0) + log(1 + exp(-|x|)): exact for every x, without a threshold."""
     return tl.where(x > 0, x, 0.0) + log1p_of_unit(tl.exp2(-tl.abs(x) * LOG2E))
 
 
 @triton.jit
-def sigmoid(x: Any) -> Any:
+def sigmoid(x):
     """Compute 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
-def load(pointer: Any, mask: Any, EVEN: tl.constexpr) -> Any:
+def load(pointer, mask, EVEN: tl.constexpr):
     """Read a row of channels as float32; channels beyond the group read zero."""
     if EVEN:
         value = tl.load(pointer)
@@ -64,7 +62,7 @@ def load(pointer: Any, mask: Any, EVEN: tl.constexpr) -> Any:
 
 
 @triton.jit
-def store(pointer: Any, value: Any, mask: Any, EVEN: tl.constexpr) -> None:
+def store(pointer, value, mask, EVEN: tl.constexpr):
     """Write a row of channels in the type of the pointer."""
     if EVEN:
         tl.store(pointer, value.to(pointer.dtype.element_ty))
@@ -73,7 +71,7 @@ def store(pointer: Any, value: Any, mask: Any, EVEN: tl.constexpr) -> None:
 
 
 @triton.jit
-def load_scalars(pointer: Any, N: tl.constexpr) -> Any:
+def load_scalars(pointer, N: tl.constexpr):
     """Read the N states of one token of B or C as float32 scalars."""
     values = ()
     for n in tl.static_range(N):
@@ -82,7 +80,7 @@ def load_scalars(pointer: Any, N: tl.constexpr) -> Any:
 
 
 @triton.jit
-def load_states(pointer: Any, channels: Any, mask: Any, N: tl.constexpr, EVEN: tl.constexpr) -> Any:
+def load_states(pointer, channels, mask, N: tl.constexpr, EVEN: tl.constexpr):
     """Read N rows of channels, one tensor each."""
     values = ()
     for n in tl.static_range(N):
@@ -91,7 +89,7 @@ def load_states(pointer: Any, channels: Any, mask: Any, N: tl.constexpr, EVEN: t
 
 
 @triton.jit
-def load_decays(A: Any, mask: Any, N: tl.constexpr, EVEN: tl.constexpr) -> Any:
+def load_decays(A, mask, N: tl.constexpr, EVEN: tl.constexpr):
     """Read A (d, n) times log2(e), so that a decay is one exp2 of one product."""
     values = ()
     for n in tl.static_range(N):
@@ -101,12 +99,12 @@ def load_decays(A: Any, mask: Any, N: tl.constexpr, EVEN: tl.constexpr) -> Any:
 
 @triton.jit
 def place(
-    group_channels: Any,
-    tiles_per_group: Any,
-    groups: Any,
-    chunks: Any,
+    group_channels,
+    tiles_per_group,
+    groups,
+    chunks,
     BD: tl.constexpr,
-) -> Any:
+):
     """Batch, chunk, group and channels of a program; the tiles of one chunk are neighbours."""
     program = tl.program_id(0)
     tiles = tiles_per_group * groups
@@ -115,12 +113,12 @@ def place(
     batch = (rest // chunks).to(tl.int64)
     chunk = rest % chunks
     group = tile // tiles_per_group
-    lane = (tile % tiles_per_group) * BD + tl.arange(BD)
+    lane = (tile % tiles_per_group) * BD + tl.arange(0, BD)
     return batch, chunk, group, tile % tiles_per_group, group * group_channels + lane, lane
 
 
 @triton.jit
-def stretch(chunk: Any, length: Any, window: Any, chunk_length: Any, per_window: Any) -> Any:
+def stretch(chunk, length, window, chunk_length, per_window):
     """First and last position of a chunk: chunks never cross the windows that resets make."""
     start = (chunk // per_window) * window
     first = start + (chunk % per_window) * chunk_length
@@ -129,7 +127,7 @@ def stretch(chunk: Any, length: Any, window: Any, chunk_length: Any, per_window:
 
 
 @triton.jit
-def token(position: Any, order: Any, length: Any, REVERSE: tl.constexpr) -> Any:
+def token(position, order, length, REVERSE: tl.constexpr):
     """Row of memory read and written at a scan position, 64-bit."""
     if REVERSE:
         position = length - 1 - position
@@ -141,7 +139,7 @@ def token(position: Any, order: Any, length: Any, REVERSE: tl.constexpr) -> Any:
 
 
 @triton.jit
-def step_size(raw: Any, bias: Any, SOFTPLUS: tl.constexpr) -> Any:
+def step_size(raw, bias, SOFTPLUS: tl.constexpr):
     """Step size of one token from the projected delta."""
     if bias is not None:
         raw += bias
@@ -152,35 +150,35 @@ def step_size(raw: Any, bias: Any, SOFTPLUS: tl.constexpr) -> Any:
 
 @triton.jit
 def chunk_state(
-    value: Any,
-    gate: Any,
-    delta: Any,
-    A: Any,
-    weight: Any,
-    delta_bias: Any,
-    order: Any,
-    states: Any,
-    delta_sum: Any,
-    length: Any,
-    window: Any,
-    chunk_length: Any,
-    per_window: Any,
-    chunks: Any,
-    channels: Any,
-    group_channels: Any,
-    tiles_per_group: Any,
-    groups: Any,
-    value_batch: Any,
-    value_row: Any,
-    gate_batch: Any,
-    gate_row: Any,
-    delta_batch: Any,
-    delta_row: Any,
-    weight_batch: Any,
-    weight_row: Any,
-    weight_group: Any,
-    A_row: Any,
-    states_chunk: Any,
+    value,
+    gate,
+    delta,
+    A,
+    weight,
+    delta_bias,
+    order,
+    states,
+    delta_sum,
+    length,
+    window,
+    chunk_length,
+    per_window,
+    chunks,
+    channels,
+    group_channels,
+    tiles_per_group,
+    groups,
+    value_batch,
+    value_row,
+    gate_batch,
+    gate_row,
+    delta_batch,
+    delta_row,
+    weight_batch,
+    weight_row,
+    weight_group,
+    A_row,
+    states_chunk,
     N: tl.constexpr,
     BD: tl.constexpr,
     EVEN: tl.constexpr,
@@ -188,7 +186,7 @@ def chunk_state(
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     ADJOINT: tl.constexpr,
-) -> None:
+):
     """Walk each chunk from a zero state; write the state it ends with and the sum of dt.
 
     Forward: value is u and weight is B. Adjoint: value is the gradient of out, weight is C, and the
@@ -238,21 +236,21 @@ def chunk_state(
 
 @triton.jit
 def state_pass(
-    states: Any,
-    delta_sum: Any,
-    A: Any,
-    initial: Any,
-    initial_window: Any,
-    per_window: Any,
-    windows: Any,
-    channels: Any,
-    states_chunk: Any,
-    initial_batch: Any,
-    A_row: Any,
+    states,
+    delta_sum,
+    A,
+    initial,
+    initial_window,
+    per_window,
+    windows,
+    channels,
+    states_chunk,
+    initial_batch,
+    A_row,
     N: tl.constexpr,
     BD: tl.constexpr,
     DESCEND: tl.constexpr,
-) -> None:
+):
     """Turn the states that chunks end with into those that enter them, in place, window by window.
 
     `initial` (b, n, d) enters the first chunk visited of window `initial_window`.
@@ -263,7 +261,7 @@ def state_pass(
     n = (program // tiles) % N
     window = (program // (tiles * N)) % windows
     batch = (program // (tiles * N * windows)).to(tl.int64)
-    d = tile * BD + tl.arange(BD)
+    d = tile * BD + tl.arange(0, BD)
     mask = d < channels
     A2 = tl.load(A + d * A_row + n, mask=mask, other=0.0) * LOG2E
     carry = tl.zeros([BD], tl.float32)
@@ -271,7 +269,7 @@ def state_pass(
         seeded = d < tl.where(window == initial_window, channels, 0)
         carry = tl.load(initial + batch * initial_batch + n * channels + d, mask=seeded, other=0.0)
     base = (batch * windows + window) * per_window
-    for j in range(per_window, PREFETCH):
+    for j in range(0, per_window, PREFETCH):
         local = ()
         decay = ()
         for k in tl.static_range(PREFETCH):
@@ -296,44 +294,44 @@ def state_pass(
 
 @triton.jit
 def chunk_scan(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    skip: Any,
-    gate: Any,
-    delta_bias: Any,
-    order: Any,
-    states: Any,
-    partial: Any,
-    out: Any,
-    last_state: Any,
-    length: Any,
-    window: Any,
-    chunk_length: Any,
-    segment: Any,
-    per_window: Any,
-    chunks: Any,
-    channels: Any,
-    group_channels: Any,
-    tiles_per_group: Any,
-    groups: Any,
-    u_batch: Any,
-    u_row: Any,
-    delta_batch: Any,
-    delta_row: Any,
-    gate_batch: Any,
-    gate_row: Any,
-    B_batch: Any,
-    B_row: Any,
-    B_group: Any,
-    C_batch: Any,
-    C_row: Any,
-    C_group: Any,
-    A_row: Any,
-    states_chunk: Any,
-    last_batch: Any,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    skip,
+    gate,
+    delta_bias,
+    order,
+    states,
+    partial,
+    out,
+    last_state,
+    length,
+    window,
+    chunk_length,
+    segment,
+    per_window,
+    chunks,
+    channels,
+    group_channels,
+    tiles_per_group,
+    groups,
+    u_batch,
+    u_row,
+    delta_batch,
+    delta_row,
+    gate_batch,
+    gate_row,
+    B_batch,
+    B_row,
+    B_group,
+    C_batch,
+    C_row,
+    C_group,
+    A_row,
+    states_chunk,
+    last_batch,
     N: tl.constexpr,
     BD: tl.constexpr,
     EVEN: tl.constexpr,
@@ -341,7 +339,7 @@ def chunk_scan(
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
-) -> None:
+):
     """Walk each chunk from its true incoming state and write the output rows.
 
     `partial` (b, l, d) float32 is a sum already made by another scan of the same tokens. EXCLUSIVE

@@ -187,6 +187,7 @@ class Scan:
             grad_out=grad_out,
             **buffers,
             **common,
+            **self._reduction(leg, common["BD"]),
             segments_per_chunk=leg.cut.segments_per_chunk,
             batches=self.arguments.batch,
             **_strides("out", grad_out),
@@ -216,6 +217,7 @@ class Scan:
             grad_initial=grad_initial,
             **buffers,
             **common,
+            **self._reduction(leg, common["BD"]),
             segments_per_chunk=leg.cut.segments_per_chunk,
             batches=self.arguments.batch,
             **_strides("out", grad_out),
@@ -270,6 +272,13 @@ class Scan:
             "REVERSE": arguments.reverse,
         }
         return (arguments.batch * cut.chunks * arguments.groups * tiles,), sizes
+
+    def _reduction(self, leg: Leg, tile: int) -> dict[str, int]:
+        """Steps of the sums over the channels of a tile."""
+        return {
+            "LEVELS": (leg.last - leg.first - 1).bit_length(),
+            "LANE_BITS": min(self.tuning.lanes, tile).bit_length() - 1,
+        }
 
     def _states_of(self, leg: Leg, into: Tensor | None) -> Tensor:
         if into is not None and leg.causal:
