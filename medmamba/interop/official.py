@@ -15,6 +15,7 @@ from medmamba.errors import BundleError
 from medmamba.interop.official_keys import has_aliases, merge_aliases, official_names
 from medmamba.networks import build_network
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.swin_umamba import D_WIDTHS, DECODER_DEPTH, DEPTHS, WIDTHS
 from medmamba.networks.weights import load_exactly
 
 Constructor = Mapping[str, Any]
@@ -131,6 +132,66 @@ def _lightm(constructor: Constructor) -> NetworkSpec:
     )
 
 
+def _swin(constructor: Constructor) -> NetworkSpec:
+    """Read Swin-UMamba's arguments; its class fixes the encoder, its fixtures may state another."""
+    widths = tuple(int(width) for width in constructor.get("feat_size", WIDTHS[:-1]))
+    hidden = int(constructor.get("hidden_size", WIDTHS[-1]))
+    dims = tuple(int(width) for width in constructor.get("encoder_dims", WIDTHS[1:-1]))
+    depths = tuple(int(blocks) for blocks in constructor.get("encoder_depths", DEPTHS))
+    if widths[1:] != dims or hidden != dims[-1] or len(depths) != len(dims):
+        raise BundleError(
+            f"network SwinUMamba: feat_size {list(widths)}, hidden_size {hidden} and depths "
+            f"{list(depths)} do not fit an encoder of widths {list(dims)}."
+        )
+    stages = len(dims) + 2
+    return NetworkSpec(
+        name="swin_umamba",
+        in_channels=int(constructor["in_chans"]),
+        out_channels=int(constructor["out_chans"]),
+        patch_size=(2 ** (stages - 1),) * 2,
+        features=(*widths, hidden),
+        strides=((1, 1),) + ((2, 2),) * (stages - 1),
+        kernel_sizes=((3, 3),) * stages,
+        encoder_blocks=(1, 1, *depths),
+        decoder_blocks=(1,) * (stages - 1),
+    )
+
+
+def _swin_d(constructor: Constructor) -> NetworkSpec:
+    """Read the arguments of Swin-UMamba-D's encoder and decoder."""
+    encoder, decoder = constructor["vss_args"], constructor["decoder_args"]
+    depths = tuple(int(blocks) for blocks in encoder.get("depths", DEPTHS))
+    widths = _doubling(encoder.get("dims", D_WIDTHS[0]), len(depths))
+    patch, rate = int(encoder.get("patch_size", 4)), float(encoder.get("drop_path_rate", 0.2))
+    if _doubling(decoder["features_per_stage"], len(depths)) != widths:
+        raise BundleError(
+            f"network SwinUMambaD: decoder widths {decoder['features_per_stage']} are not the "
+            f"encoder's, {list(widths)}."
+        )
+    if float(decoder.get("drop_path_rate", rate)) != rate:
+        raise BundleError("network SwinUMambaD: encoder and decoder need one drop_path_rate.")
+    stages = len(depths) + 1
+    return NetworkSpec(
+        name="swin_umamba_d",
+        in_channels=int(encoder.get("in_chans", 3)),
+        out_channels=int(decoder["num_classes"]),
+        patch_size=(patch * 2 ** (stages - 2),) * 2,
+        features=(widths[0], *widths),
+        strides=((1, 1), (patch, patch)) + ((2, 2),) * (stages - 2),
+        kernel_sizes=((3, 3),) * stages,
+        encoder_blocks=(0, *depths),
+        decoder_blocks=(DECODER_DEPTH,) * (stages - 2) + (0,),
+        options={"drop_path": rate, "d_state": int(decoder.get("d_state", 16))},
+    )
+
+
+def _doubling(widths: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    """Double one width from stage to stage; keep a list."""
+    if isinstance(widths, int):
+        return tuple(widths * 2**stage for stage in range(stages))
+    return tuple(int(width) for width in widths)
+
+
 def _require_fixed(name: str, constructor: Constructor) -> None:
     for key, allowed in FIXED.items():
         value = constructor.get(key, allowed[0])
@@ -177,6 +238,8 @@ READERS: Mapping[str, Callable[[Constructor], NetworkSpec]] = MappingProxyType(
         "UMambaEncV1": _planned_reader("umamba_enc_v1"),
         "MambaClinix": _planned_reader("mambaclinix"),
         "LightMUNet": _lightm,
+        "SwinUMamba": _swin,
+        "SwinUMambaD": _swin_d,
     }
 )
 """Official classes by name. The two baselines are nnU-Net's own."""
