@@ -25,7 +25,7 @@ from medmamba.networks.mambaclinix import MambaLayer as ClinixMambaLayer
 from medmamba.networks.mambaclinix import RecursiveBlock
 from medmamba.networks.mixer import make_mixer
 from medmamba.networks.spec import NetworkSpec
-from medmamba.networks.ssm import Mamba
+from medmamba.networks.ssm import DirectionalScan, Mamba
 from medmamba.networks.token_layer import OPTIONS, TokenLayer
 
 EXACT = 1e-8
@@ -265,11 +265,20 @@ def make_token_layer(
     return layer, layer
 
 
+def make_ss2d(
+    arguments: dict[str, Any], dimension: int
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    sizes = {key: arguments[key] for key in ("d_state", "d_conv", "expand")}
+    layer = DirectionalScan(arguments["d_model"], dimension, **sizes)
+    return layer, lambda x: layer(x.flatten(1, -2), x.shape[1:-1]).reshape(x.shape)
+
+
 BLOCKS: dict[str, Callable[..., tuple[nn.Module, Callable[[Tensor], Tensor]]]] = {
     "mamba": make_mamba,
     "hgcn": make_recursive,
     "lightm_mamba_layer": make_lightm,
     "mambaclinix_mamba_layer": make_clinix_layer,
+    "ss2d": make_ss2d,
     "umamba_mamba_layer": make_token_layer,
 }
 
