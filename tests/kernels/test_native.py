@@ -1,0 +1,178 @@
+"""The compiled scan against the definition, on every instruction set this machine has."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scan_cases import Sizes, assert_agrees, make_arguments
+
+from medmamba.errors import KernelError
+from medmamba.kernels.arguments import Needs, ScanArguments
+
+native = pytest.importorskip("medmamba.kernels.native", reason="the native kernel is not built")
+SETS = native._native.instruction_sets()
+ALL = Needs()
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("channels", [1, 16, 20, 64, 70])
+def test_agrees_for_ragged_shapes(instruction_set: str, length: int, channels: int) -> None:
+    assert_agrees(native, make_arguments(Sizes(length=length, channels=channels)))
+
+
+@pytest.mark.parametrize("state", [1, 4, 5, 8, 16, 20, 32, 64, 300])
+def test_agrees_for_any_state(instruction_set: str, state: int) -> None:
+    assert_agrees(native, make_arguments(Sizes(state=state, length=67, channels=18)))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (48, 3), (96, 2), (21, 3), (6, 6)])
+def test_agrees_for_groups(instruction_set: str, channels: int, groups: int) -> None:
+    assert_agrees(native, make_arguments(Sizes(channels=channels, groups=groups)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_agrees_for_narrow_types(
+    instruction_set: str, dtype: torch.dtype, out_dtype: torch.dtype | None
+) -> None:
+    sizes = Sizes(dtype=dtype, channels=40)
+    assert_agrees(native, make_arguments(sizes, out_dtype=out_dtype or dtype))
+
+
+def test_agrees_for_mixed_types(instruction_set: str) -> None:
+    arguments = make_arguments(Sizes(dtype=torch.bfloat16))
+    mixed = replace(arguments, delta=arguments.delta.float(), B=arguments.B.float())
+    assert_agrees(native, mixed)
+
+
+def test_agrees_without_optional_pieces(instruction_set: str) -> None:
+    assert_agrees(native, make_arguments(Sizes(), bare=True))
+    plain = make_arguments(Sizes(), bare=True, delta_softplus=False)
+    assert_agrees(native, replace(plain, delta=plain.delta.abs()))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reset_every", [0, 1, 8, 50, 64])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_agrees_for_orders(
+    instruction_set: str, reverse: bool, reset_every: int, shuffled: bool
+) -> None:
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1)).int()
+    arguments = make_arguments(
+        Sizes(length=150),
+        order=order if shuffled else None,
+        reverse=reverse,
+        reset_every=reset_every,
+    )
+    assert_agrees(native, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_agrees_with_channels_first_views(instruction_set: str, dtype: torch.dtype) -> None:
+    arguments = make_arguments(Sizes(channels=37, length=130, dtype=dtype))
+    first = replace(
+        arguments,
+        **{name: getattr(arguments, name).mT.contiguous().mT for name in ("u", "delta", "gate")},
+        **{
+            name: getattr(arguments, name).movedim(1, -1).contiguous().movedim(-1, 1)
+            for name in ("B", "C")
+        },
+    )
+    assert_agrees(native, first)
+    out = native.forward(first, save_states=False)[0]
+    assert out.mT.is_contiguous()
+
+
+def test_agrees_with_row_views(instruction_set: str) -> None:
+    arguments = make_arguments(Sizes(channels=16, state=4))
+    wide = torch.cat([arguments.u, arguments.gate], dim=-1)
+    projected = torch.cat([arguments.B, arguments.C], dim=-1)
+    views = replace(
+        arguments,
+        u=wide[..., :16],
+        gate=wide[..., 16:],
+        B=projected[..., :4],
+        C=projected[..., 4:],
+    )
+    assert_agrees(native, views)
+
+
+@pytest.mark.parametrize("scale", [0.001, 30.0, 1000.0])
+def test_extreme_steps_stay_exact(instruction_set: str, scale: float) -> None:
+    arguments = make_arguments(Sizes(), bare=True, delta_softplus=False)
+    assert_agrees(native, replace(arguments, delta=arguments.delta.abs() * scale))
+
+
+def test_growing_states_are_exact(instruction_set: str) -> None:
+    arguments = make_arguments(Sizes(length=20), bare=True)
+    assert_agrees(native, replace(arguments, A=arguments.A.abs() * 0.01))
+
+
+def test_nan_and_infinity_reach_the_output(instruction_set: str) -> None:
+    arguments = make_arguments(Sizes(batch=1, length=80, channels=20))
+    for name in ("u", "delta", "gate", "B", "C"):
+        value = getattr(arguments, name).clone()
+        value[0, 30, 0] = float("nan")
+        out = native.forward(replace(arguments, **{name: value}), save_states=False)[0]
+        assert out[0, 30].isnan().any(), name
+        assert out[0, :30].isfinite().all(), name
+    infinite = replace(arguments, u=arguments.u.index_fill(1, torch.tensor([30]), torch.inf))
+    assert not native.forward(infinite, save_states=False)[0][0, 30].isfinite().any()
+
+
+def gradients(arguments: ScanArguments, threads: int) -> list[torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, last, states = native.forward(arguments, save_states=True)
+        ones = torch.ones_like(out)
+        return [out, last, *native.backward(arguments, states, ones, last, ALL)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("channels", [16, 64, 200])
+def test_bits_do_not_depend_on_threads(channels: int) -> None:
+    arguments = make_arguments(Sizes(batch=2, length=1500, channels=channels))
+    one = gradients(arguments, 1)
+    for threads in (1, 2, 3, 7):
+        for first, second in zip(one, gradients(arguments, threads), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_empty_problems_have_empty_results() -> None:
+    for sizes in (Sizes(batch=0), Sizes(length=0), Sizes(channels=0)):
+        arguments = make_arguments(sizes)
+        out, last, states = native.forward(arguments, save_states=True)
+        grads = native.backward(arguments, states, out, last, ALL)
+        assert out.shape == arguments.u.shape
+        if sizes.length == 0:
+            assert torch.equal(last, arguments.h0)
+            assert torch.equal(grads.h0, last)
+
+
+def test_unwanted_gradients_are_not_made() -> None:
+    arguments = make_arguments(Sizes())
+    out, _, states = native.forward(arguments, save_states=True)
+    grads = native.backward(arguments, states, out, None, Needs(*[False] * 9)._replace(u=True))
+    assert grads.u is not None
+    assert all(grad is None for name, grad in grads._asdict().items() if name != "u")
+
+
+@pytest.mark.parametrize("bad", [[0, 0, 2], [0, 1, 3], [-1, 0, 1]])
+def test_refuses_an_order_that_is_no_permutation(bad: list[int]) -> None:
+    order = torch.tensor(bad, dtype=torch.int32)
+    with pytest.raises(KernelError, match="permutation"):
+        native.forward(make_arguments(Sizes(length=3), order=order), save_states=False)
+
+
+def test_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, "v9")
+    with pytest.raises(KernelError, match="v9"):
+        native.forward(make_arguments(Sizes()), save_states=False)
