@@ -5,20 +5,18 @@ write, commit) run in different threads; a job passes from one to the next and i
 """
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from medmamba.dataset import Case, load_case
+from medmamba.dataset import Case, Rejection, load_case, safe_id
 from medmamba.errors import GeometryError, InputError, MedMambaError
 from medmamba.files import hash_file, to_json, write_atomic
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest, Stopwatch
@@ -44,8 +42,6 @@ from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
 from medmamba.volume import Volume
 
 logger = logging.getLogger(__name__)
-
-SAFE_CASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 class InferredLogits(Protocol):
@@ -171,10 +167,10 @@ class CaseWork:
         job.inferred = None
         return job
 
-    def refuse(self, case_id: str, error: CaseError) -> CommitRecord:
-        """Record a case that never became a job."""
-        job = Job(case=Case(id=safe_case_id(case_id), images=()))
-        return self.end(job, "rejected", error)
+    def refuse(self, rejection: Rejection) -> CommitRecord:
+        """Record a case that was turned away when inputs were listed."""
+        error = CaseError(code=rejection.code, stage="list", message=rejection.message)
+        return self.end(Job(case=Case(id=safe_id(rejection.id), images=())), "rejected", error)
 
     def end(self, job: Job, status: Status, error: CaseError) -> CommitRecord:
         """Record a case that has no mask; an old one is set aside, for it belongs to nothing."""
@@ -309,14 +305,6 @@ class _Guard(AbstractContextManager[None]):
 def mask_suffix(header: SourceHeader) -> str:
     """Return the file ending of a mask: NIfTI is always compressed, others keep theirs."""
     return ".nii.gz" if header.format == "nifti" else header.suffix
-
-
-def safe_case_id(case_id: str) -> str:
-    """Return the id, or one made from it that is safe as a file name."""
-    if SAFE_CASE_ID.fullmatch(case_id):
-        return case_id
-    kept = re.sub(r"[^A-Za-z0-9]+", "-", case_id).strip("-")[:60] or "case"
-    return f"{kept}-{sha256(case_id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def peak_memory_bytes() -> int:

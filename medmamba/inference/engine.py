@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medmamba.dataset import Case
+from medmamba.dataset import Case, Rejection
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder
 from medmamba.inference.casework import CasePredictor, CaseWork, Job
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
 from medmamba.inference.journal import Run, sweep_temporary_files
-from medmamba.inference.records import CaseError, CommitRecord, ModelIdentity
+from medmamba.inference.records import CommitRecord, ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +60,6 @@ class PredictionRun:
     def succeeded(self) -> int:
         """Cases that have a mask."""
         return sum(record.succeeded for record in self.records)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rejection:
-    """A case that was turned away while listing inputs."""
-
-    case_id: str
-    code: str
-    message: str
 
 
 def predict_cases(
@@ -123,8 +114,7 @@ def predict_cases(
         )
         try:
             for rejection in rejected:
-                error = CaseError(code=rejection.code, stage="list", message=rejection.message)
-                batch.report(work.refuse(rejection.case_id, error))
+                batch.report(work.refuse(rejection))
             batch.run(cases)
         finally:
             run.close()

@@ -135,6 +135,7 @@ class Predictor:
             image, None, grid=self._grid, recipe=self._recipe, label_map=self.label_map
         )
 
+    @torch.inference_mode()
     def infer(
         self, prepared: PreprocessedCase, *, on_tiles: TileProgress | None = None
     ) -> Inferred:

@@ -15,9 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medmamba.dataset import Case
+from medmamba.dataset import Case, Rejection
 from medmamba.errors import EnvironmentFault, MedMambaError, UsageError
-from medmamba.inference.engine import Rejection, predict_cases
+from medmamba.inference.engine import predict_cases
 from medmamba.inference.records import ModelIdentity, read_record
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
@@ -283,7 +283,7 @@ def test_the_exit_code_follows_fail_on(tmp_path: Path) -> None:
 
 def test_listed_rejections_are_recorded_under_safe_names(tmp_path: Path) -> None:
     cases = [image(tmp_path / "in", "a")]
-    bad = Rejection(case_id="../../=etc/x", code="E_PATH_UNSAFE", message="unsafe name")
+    bad = Rejection(id="../../=etc/x", code="E_PATH_UNSAFE", message="unsafe name")
     run = predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL, rejected=[bad])
     assert run.exit_code == 4
     assert run.records[0].status == "rejected"
@@ -313,7 +313,7 @@ def test_the_run_folder_tells_the_story(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counts"] == {"ok": 1, "rejected": 1}
     assert manifest["journal_sha256"] == hashlib.sha256(lines[-1].encode()).hexdigest()
-    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["bright", "very bright", ""]
     assert rows[2]["case"] == "'-b"
     assert sorted(path.name for path in folder.iterdir()) == [
