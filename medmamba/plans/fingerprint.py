@@ -252,12 +252,13 @@ class _Pass:
 def _read(case: Case) -> tuple[_CaseSize, NDArray[np.float32]]:
     """Read a case; return its sizes and its foreground intensities (C, n)."""
     image, labels, _ = load_case(case)
+    channels = image.array.astype(np.float32, copy=False)
     if labels is None:
         raise DatasetError(f"case {case.id}: no label file. Add it or remove the case.")
-    box, _ = nonzero_region(image.array)
+    box, _ = nonzero_region(channels)
     inside = box_slices(box)
     cropped = labels.array[0][inside]
-    foreground = image.array[(slice(None), *inside)][:, cropped > 0].astype(np.float32)
+    foreground = channels[(slice(None), *inside)][:, cropped > 0]
     values, counts = np.unique(cropped, return_counts=True)
     shape = tuple(stop - start for start, stop in box)
     return (

@@ -207,7 +207,8 @@ def draw_counts(size: int, draws: int, random: np.random.RandomState) -> Counts:
     """
     counts = np.zeros(size, dtype=np.int64)
     for start in range(0, draws, AT_ONCE):
-        part = random.randint(0, size, size=min(AT_ONCE, draws - start))
+        # The stream does not depend on the type of the numbers; this one is the smallest.
+        part = random.randint(0, size, size=min(AT_ONCE, draws - start), dtype=np.uint32)
         counts += np.bincount(part, minlength=size)
     return counts
 

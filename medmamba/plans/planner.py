@@ -162,8 +162,8 @@ def make_plan(
 def choose_spacing(fingerprint: Fingerprint, budget: Budget) -> tuple[tuple[float, ...], Reason]:
     """Choose the target spacing of full resolution, in the raw images' axis order."""
     if budget.spacing_mm is not None:
-        target = tuple(float(value) for value in budget.spacing_mm)
-        return target, Reason(topic="spacing", value=_mm(target), why="asked for")
+        asked = tuple(float(value) for value in budget.spacing_mm)
+        return asked, Reason(topic="spacing", value=_mm(asked), why="asked for")
     spacings = np.array(fingerprint.spacings_mm, dtype=np.float64)
     target = np.median(spacings, axis=0)
     size = np.median(np.array(fingerprint.shapes_after_crop), axis=0)
@@ -398,11 +398,9 @@ def _size_reasons(
     limit = f"{task.memory_gb:g} GB"
     if task.budget.device == "cpu":
         limit += f" or {CPU_PATCH_VOXELS[len(patch)]} voxels on a CPU"
-    why = (
-        "the median case, rounded up to what the strides divide, fits"
-        if sizes.shrunk == 0
-        else f"taken down {sizes.shrunk} step(s) in the proportions of the median case to fit {limit}"
-    )
+    why = "the median case, rounded up to what the strides divide, fits"
+    if sizes.shrunk:
+        why = f"{sizes.shrunk} step(s) down in the proportions of the median case, to fit {limit}"
     floor = "the floor" if plan.training.batch_size == 2 else f"what fills {task.memory_gb:g} GB"
     if sizes.capped:
         floor = f"limited to {task.model.dataset_fraction:.0%} of the dataset's voxels (at least 2)"

@@ -39,6 +39,7 @@ def sample_locations(labels: NDArray[np.int16], label_map: LabelMap) -> ClassLoc
 
     Args:
         labels: (D, H, W).
+        label_map: what the values mean.
 
     Returns:
         Class key -> (n, 3) voxel indices; n = 0 for a class that is absent.

@@ -91,6 +91,9 @@ def preprocess_case(
     Args:
         image: (C, D, H, W); not changed.
         labels: (1, D, H, W) on the same grid, or None when predicting.
+        grid: the working spacing; a 2D grid leaves the first working axis as it is.
+        recipe: how channels are normalised and how arrays are turned and resampled.
+        label_map: classes whose voxels are listed.
 
     Raises:
         GeometryError: image and labels differ in shape, or the case would vanish at the
@@ -104,11 +107,11 @@ def preprocess_case(
         )
     axes = recipe.transpose_forward
     order = (0, *(axis + 1 for axis in axes))
-    raw = image.array.transpose(order)
+    raw = image.array.astype(np.float32, copy=False).transpose(order)
     box, mask = nonzero_region(raw)
     inside = box_slices(box)
     # A copy in working order: normalisation works in place.
-    data = np.array(raw[(slice(None), *inside)], dtype=np.float32, order="C")
+    data = np.array(raw[(slice(None), *inside)], order="C")
     segmentation = _labels_in_box(labels, order, inside, mask)
     normalize(data, segmentation >= 0, recipe.channels)
     record = _record(image.geometry, axes, box, grid)

@@ -8,6 +8,7 @@ Label maps are resampled by scores per label, computed only where a neighbourhoo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ BAND_FLOOR = 1e-14
 
 ROWS_PER_PRODUCT = 32
 
+Real = TypeVar("Real", np.float32, np.float64)
 Shape = tuple[int, ...]
 Spacing = tuple[float, ...]
 
@@ -45,6 +47,8 @@ def separate_axis(
     """Choose the axis that is resampled on its own, because slices are far apart.
 
     Args:
+        spacing_mm: of the array as it is.
+        new_spacing_mm: of the array to be.
         force: True always separates the coarsest current axis, False never separates.
 
     Returns:
@@ -73,6 +77,7 @@ def resample_image(
     Args:
         image: (C, D, H, W).
         shape: the new (D, H, W).
+        recipe: method and orders.
         axis: a spatial axis to resample separately, or None (see `separate_axis`).
 
     Raises:
@@ -100,6 +105,7 @@ def resample_labels(
     Args:
         labels: (D, H, W).
         shape: the new (D, H, W).
+        recipe: method and orders.
         axis: a spatial axis to resample separately by its own order, or None.
     """
     if labels.shape == shape or _keeps_shape(recipe):
@@ -128,7 +134,7 @@ class AxisOperator:
     size: int
     blocks: tuple[tuple[int, int, NDArray[np.floating]], ...]
 
-    def apply(self, array: NDArray[np.floating], axis: int) -> NDArray[np.floating]:
+    def apply(self, array: NDArray[Real], axis: int) -> NDArray[Real]:
         """Resample one axis of a three-dimensional array."""
         shape = list(array.shape)
         shape[axis] = self.size
@@ -161,8 +167,8 @@ def nearest_indices(old: int, new: int) -> NDArray[np.intp]:
 
 
 def _product(
-    array: NDArray[np.floating],
-    result: NDArray[np.floating],
+    array: NDArray[Real],
+    result: NDArray[Real],
     matrix: NDArray[np.floating],
     *,
     rows: slice,
@@ -209,7 +215,8 @@ def linear_taps(
 
 
 def _source_coordinates(old: int, new: int) -> NDArray[np.float64]:
-    return (np.arange(new) + 0.5) * (old / new) - 0.5
+    centres = np.arange(new, dtype=np.float64) + 0.5
+    return np.asarray(centres * (old / new) - 0.5)
 
 
 def _cubic_weights(t: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:

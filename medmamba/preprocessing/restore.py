@@ -7,6 +7,7 @@ says where voxels came from.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,10 @@ def restore_labels(
     """Turn logits into a label map on the raw image's grid.
 
     Args:
-        logits: (K, d, h, w) array or CPU tensor on the working grid.
+        logits: (K, d, h, w) array or tensor on the working grid.
+        record: what preprocessing did to the case.
+        recipe: how probabilities are resampled.
+        label_map: what the channels of the logits mean.
         compat: round resampled logits to float16, as nnU-Net does.
 
     Returns:
@@ -54,9 +58,7 @@ def restore_labels(
     cropped = np.zeros(record.shape_after_crop, dtype=kind)
     decide = _paint_regions if label_map.has_regions else _pick_largest
     for slab in fields.slabs():
-        decide(
-            lambda k, slab=slab: fields.values(k, slab), fields.classes, label_map, cropped[slab]
-        )
+        decide(partial(fields.values, slab), fields.classes, label_map, cropped[slab])
     return _paste(cropped, record)
 
 
@@ -74,7 +76,10 @@ def restore_probabilities(
     and every region 0.
 
     Args:
-        logits: (K, d, h, w) array or CPU tensor on the working grid.
+        logits: (K, d, h, w) array or tensor on the working grid.
+        record: what preprocessing did to the case.
+        recipe: how probabilities are resampled.
+        label_map: what the channels of the logits mean.
         compat: round resampled logits to float16, as nnU-Net does.
 
     Returns:
@@ -87,7 +92,7 @@ def restore_probabilities(
     turned = result.transpose(0, *(axis + 1 for axis in record.transpose_forward))
     inside = turned[(slice(None), *box_slices(record.crop_box))]
     for slab in fields.slabs():
-        values = np.stack([fields.values(k, slab) for k in range(fields.classes)])
+        values = np.stack([fields.values(slab, k) for k in range(fields.classes)])
         values = values.astype(np.float32, copy=False)
         inside[:, slab] = sigmoid(values) if label_map.has_regions else softmax(values)
     return result
@@ -191,7 +196,7 @@ class _ClassFields:
         for start in range(0, depth, thickness):
             yield slice(start, min(start + thickness, depth))
 
-    def values(self, label: int, slab: slice) -> NDArray[np.floating]:
+    def values(self, slab: slice, label: int) -> NDArray[np.floating]:
         """Logits of one class in one slab, as a new array."""
         if self._old[0] == self._new[0]:
             rows = self._read(label, slab)
@@ -216,7 +221,7 @@ class _ClassFields:
 
     def _read(self, label: int, source: slice) -> NDArray[np.floating]:
         kind = np.float64 if self._half else np.float32
-        return self._logits[label, source].astype(kind)
+        return np.array(self._logits[label, source], dtype=kind)
 
     def _operator(self, axis: int) -> AxisOperator:
         kind = np.float64 if self._half else np.float32
@@ -225,5 +230,6 @@ class _ClassFields:
 
 def _as_array(logits: Any) -> NDArray[np.floating]:
     if isinstance(logits, np.ndarray):
-        return logits
-    return np.asarray(logits.detach().float().cpu().numpy())
+        return np.asarray(logits)
+    array: NDArray[np.floating] = logits.detach().float().cpu().numpy()
+    return array

@@ -88,6 +88,8 @@ class CaseStore:
         """Store a case so that it exists wholly or not at all.
 
         Args:
+            case_id: becomes the name of the files.
+            case: the arrays, and how they were made.
             key: hash of what the case was made from; see `has`.
             patch_size: what will be read at once; chunks are fitted to it.
 
@@ -184,6 +186,7 @@ def chunk_shapes(
     Args:
         shape: (C, d, h, w); every channel is stored by itself.
         patch_size: (d, h, w).
+        itemsize: bytes per voxel.
 
     Returns:
         Chunk shape and block shape.
