@@ -44,8 +44,13 @@ class NetworkRules:
     price: Callable[[NetworkSpec, int], int]
 
 
-def registered_rules(network: str, *, bf16: bool) -> NetworkRules:
+def registered_rules(network: str, *, bf16: bool, optimizer_states: int) -> NetworkRules:
     """Take the rules of a network from the registry, priced by what autograd would keep.
+
+    Args:
+        network: key of the registry.
+        bf16: price training under bfloat16 autocast.
+        optimizer_states: values the optimiser keeps per parameter.
 
     Raises:
         PlanError: there is no network of that name.
@@ -57,7 +62,7 @@ def registered_rules(network: str, *, bf16: bool) -> NetworkRules:
     definition = find_network(network)
 
     def price(spec: NetworkSpec, batch_size: int) -> int:
-        return training_memory_bytes(spec, batch_size, bf16=bf16)
+        return training_memory_bytes(spec, batch_size, bf16=bf16, optimizer_states=optimizer_states)
 
     return NetworkRules(
         dimensions=definition.dimensions,

@@ -62,6 +62,9 @@ SCHEMES = {
 CONVOLUTIONAL = {"plain_unet": False, "resenc_unet": True}
 """Networks that nnU-Net's own cost model prices; whether the encoder is residual."""
 
+OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
+"""Values each optimiser keeps per parameter."""
+
 RESIDUAL_SIZES = (
     (40.0, "nnUNetPlannerResEncXL"),
     (24.0, "nnUNetPlannerResEncL"),
@@ -483,7 +486,14 @@ def _rules(preset: Preset, budget: Budget, rules: NetworkRules | None) -> Networ
                 f"'{preset.network}'. Choose the planner of the same kind of encoder."
             )
         return None
-    return rules or registered_rules(preset.network, bf16=budget.device == "cuda")
+    if rules is not None:
+        return rules
+    optimizer = str(preset.training.get("optimizer", "sgd"))
+    return registered_rules(
+        preset.network,
+        bf16=budget.device == "cuda",
+        optimizer_states=OPTIMIZER_STATES.get(optimizer, 2),
+    )
 
 
 READERS = {

@@ -62,6 +62,7 @@ def preprocess_cases(
         except MedMambaError as problem:
             return False, f"case {case.id}: {problem.message}"
 
+    store.remove_leftovers()
     cases = dataset.training_cases
     made, problems = 0, []
     with ThreadPoolExecutor(worker_count(workers)) as pool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from medmamba.errors import DatasetError
 from medmamba.files import (
     RECORD_CONFIG,
+    TEMPORARY_PREFIX,
     from_plain,
     read_json,
     replace_atomic,
@@ -121,6 +122,11 @@ class CaseStore:
             return self._read_sidecar(case_id).key == key
         except DatasetError:
             return False
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run was writing; nobody else may be writing to the store."""
+        for path in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)
 
     def case_ids(self) -> tuple[str, ...]:
         """List the stored cases, sorted."""

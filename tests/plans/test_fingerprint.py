@@ -42,7 +42,9 @@ def write_dataset(folder: Path, *, cases: int = 4, whole: bool = False) -> Path:
             voxels[:3] = 0
             image = nibabel.Nifti1Image(voxels, affine)
             nibabel.save(image, root / "imagesTr" / f"case_{index}_{channel:04d}.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(labels, affine), root / "labelsTr" / f"case_{index}.nii.gz")
+        nibabel.save(
+            nibabel.Nifti1Image(labels, affine), root / "labelsTr" / f"case_{index}.nii.gz"
+        )
     description = {
         "channel_names": {"0": "CT", "1": "T1"},
         "labels": {"background": 0, "a": 1, "b": 2},
