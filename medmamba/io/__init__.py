@@ -23,6 +23,7 @@ from medmamba.io.header import (
     ItkFields,
     SourceHeader,
 )
+from medmamba.io.straighten import labels_on_source, straighten
 from medmamba.io.values import as_image, as_labels, judge_image
 from medmamba.volume import Geometry, Volume, VolumeKind
 
@@ -77,6 +78,9 @@ def suffix_of(path: Path | str) -> str:
 def read_image(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume, SourceHeader]:
     """Read an image as float32 (C, D, H, W); more than one channel for colour and 4D files.
 
+    An image with tilted axes is straightened, if the gate allows: the volume then lies on
+    ``header.straightened``, and ``write_labels`` carries labels back to the file's own grid.
+
     Raises:
         InputError: the file cannot be trusted; the code says why.
     """
@@ -84,7 +88,11 @@ def read_image(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume, 
     stored, header = _read_stored(path, gate)
     array, findings = as_image(stored, path.name)
     header = with_findings(header, findings)
-    return Volume(array=array, geometry=header.geometry, kind=VolumeKind.IMAGE), header
+    geometry = header.geometry
+    if "W_GEOM_RESAMPLED" in header.warning_codes:
+        array, geometry = straighten(array, geometry, path.name, gate)
+        header = replace(header, straightened=geometry)
+    return Volume(array=array, geometry=geometry, kind=VolumeKind.IMAGE), header
 
 
 def read_labels(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume, SourceHeader]:
@@ -94,7 +102,8 @@ def read_labels(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume,
         InputError: the file cannot be trusted, has several channels, or values that are not whole.
     """
     path = Path(path)
-    stored, header = _read_stored(path, gate, labels=True)
+    # Labels are compared voxel by voxel with what they belong to, so they stay on their grid.
+    stored, header = _read_stored(path, replace(gate, straighten=False), labels=True)
     if stored.shape[0] != 1:
         raise InputError(
             f"{path.name}: has {stored.shape[0]} values per voxel; labels have one. "
@@ -145,7 +154,8 @@ def write_labels(
 ) -> None:
     """Write labels (D, H, W) on the grid of ``source``, atomically and byte-reproducibly.
 
-    Values are stored as uint8, or uint16 where one exceeds 255.
+    Values are stored as uint8, or uint16 where one exceeds 255. Labels of a straightened image
+    lie on ``source.straightened`` and are carried to the file's own grid.
 
     Args:
         path: where to; its suffix names the format, which must be of the source's family.
@@ -167,17 +177,22 @@ def write_labels(
 
 
 def _as_stored_labels(labels: NDArray[Any], source: SourceHeader) -> NDArray[np.integer[Any]]:
-    if tuple(labels.shape) != source.geometry.shape:
+    grid = source.straightened or source.geometry
+    if tuple(labels.shape) != grid.shape:
         raise GeometryError(
             f"labels of shape {tuple(labels.shape)} do not fit the image's grid "
-            f"{source.geometry.shape}. Restore them to the input's grid first."
+            f"{grid.shape}. Restore them to the input's grid first."
         )
     if not np.issubdtype(labels.dtype, np.integer) and labels.dtype != np.bool_:
         raise GeometryError(f"labels are of type {labels.dtype}; whole numbers are needed.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > np.iinfo(np.uint16).max:
         raise GeometryError(f"label values reach from {low} to {high}; 0 to 65535 can be stored.")
-    return np.ascontiguousarray(labels, dtype=np.uint8 if high <= 255 else np.uint16)
+    stored: NDArray[np.integer[Any]]
+    stored = np.ascontiguousarray(labels, dtype=np.uint8 if high <= 255 else np.uint16)
+    if source.straightened is not None:
+        stored = labels_on_source(stored, source.straightened, source.geometry)
+    return stored
 
 
 def with_findings(header: SourceHeader, findings: list[Finding]) -> SourceHeader:

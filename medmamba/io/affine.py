@@ -83,7 +83,9 @@ def judge_shear(matrix: Matrix, name: str, gate: Gate) -> list[Finding]:
             code="E_GEOM_SHEAR",
         )
     message = f"axes deviate from right angles by {shear:.3g} (tilted gantry?)."
-    return [Finding(code="W_GEOM_RESAMPLED", message=message)]
+    return [
+        Finding(code="W_GEOM_RESAMPLED" if gate.straighten else "W_GEOM_SHEAR", message=message)
+    ]
 
 
 def judge_voxels(count: int, name: str, gate: Gate) -> None:

@@ -41,7 +41,8 @@ class Gate:
         max_voxels: largest number of values a file may claim.
         max_bytes: largest decoded size, or None for no limit besides ``max_voxels``.
         assume_identity: accept files that do not say where their voxels are, as axis-aligned.
-        strict: reject every sheared grid instead of straightening it.
+        strict: reject every tilted grid.
+        straighten: resample images with tilted axes to right angles.
         min_spacing_mm: smallest plausible voxel size.
         max_spacing_mm: largest plausible voxel size.
     """
@@ -52,12 +53,15 @@ class Gate:
     max_bytes: int | None = None
     assume_identity: bool = False
     strict: bool = False
+    straighten: bool = True
     min_spacing_mm: float = 0.01
     max_spacing_mm: float = 50.0
 
 
 DEFAULT_GATE = Gate()
-TRAINING_GATE = Gate(assume_identity=True, min_spacing_mm=1e-9, max_spacing_mm=1e9)
+TRAINING_GATE = Gate(
+    assume_identity=True, straighten=False, min_spacing_mm=1e-9, max_spacing_mm=1e9
+)
 """Training compares voxels by index and knows no millimetres: a file without a coded position and
 microscopy at any scale are usable; verification warns of both."""
 
@@ -87,6 +91,7 @@ class SourceHeader:
         nifti_header: hexadecimal bytes of the little-endian NIfTI header without its free text, so
             that transforms, codes and units are written back bit for bit; empty for other formats.
         itk: geometry in ITK's terms for its formats.
+        straightened: right-angled grid that the image was resampled to, for tilted files only.
         warnings: what was noticed, as ``CODE: text``.
     """
 
@@ -100,6 +105,7 @@ class SourceHeader:
     stored_type: str = ""
     nifti_header: str = ""
     itk: ItkFields | None = None
+    straightened: Geometry | None = None
     warnings: tuple[str, ...] = ()
 
     @property

@@ -1,12 +1,9 @@
 """NRRD, MetaImage and GIPL files in and out: the only door to SimpleITK.
 
-SimpleITK accepts damaged MetaImage streams and short GIPL files, so sizes and checksums of those
-are proved here first. Files that point at voxels in other files are refused.
+``itk_payload`` proves each file first, because SimpleITK accepts some damaged ones.
 """
 
 import math
-import re
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,10 @@ from medmamba.io.affine import (
     to_geometry,
 )
 from medmamba.io.header import Gate, ItkFields, SourceHeader
-from medmamba.io.payload import CHUNK_BYTES, open_regular
+from medmamba.io.itk_payload import judge_start, prove_payload
 from medmamba.volume import Geometry
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_TEXT_HEADER_BYTES = 1 << 16
-_GIPL_HEADER_BYTES = 256
-_GIPL_MAGICS = (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8")
-_META_BYTES = {
-    "CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4,
-    "LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8,
-}  # fmt: skip
 
 
 def read(
@@ -48,7 +38,7 @@ def read(
         InputError: the file cannot be trusted.
     """
     header = read_header(path, gate)
-    _prove_payload(path)
+    prove_payload(path)
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as problem:
@@ -66,7 +56,7 @@ def read_header(path: Path, gate: Gate) -> SourceHeader:
     Raises:
         InputError: the header cannot be trusted.
     """
-    _judge_start(path)
+    judge_start(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -128,99 +118,6 @@ def _geometry(
     findings = judge_shear(matrix, name, gate)
     shape = (size[2] if len(size) > 2 else 1, size[1], size[0])
     return to_geometry(LPS_TO_RAS @ matrix, shape), findings
-
-
-def _judge_start(path: Path) -> None:
-    """Refuse what is not of its suffix's format, or keeps its voxels in another file."""
-    with open_regular(path) as file:
-        start = file.read(_TEXT_HEADER_BYTES)
-    if not start:
-        raise InputError(f"{path.name}: is empty (0 bytes). Copy it again.", code="E_IO_EMPTY")
-    kind = path.suffix.lower()
-    if kind == ".nrrd":
-        known = start.startswith(b"NRRD000")
-        detached = re.search(rb"^data ?file:", start.split(b"\n\n")[0], re.MULTILINE | re.I)
-    elif kind == ".mha":
-        known = b"NDims" in start and b"ElementDataFile" in start
-        detached = re.search(rb"ElementDataFile\s*=\s*(?!LOCAL\s*[\r\n])", start, re.I)
-    else:
-        known = len(start) >= _GIPL_HEADER_BYTES and start[252:256] in _GIPL_MAGICS
-        detached = None
-    if not known:
-        raise InputError(
-            f"{path.name}: is not a {kind[1:].upper()} file. Download or convert it again.",
-            code="E_IO_FORMAT",
-        )
-    if detached:
-        raise InputError(
-            f"{path.name}: keeps its voxels in another file. Convert it to a single file.",
-            code="E_IO_FORMAT",
-        )
-
-
-def _prove_payload(path: Path) -> None:
-    kind = path.suffix.lower()
-    if kind == ".mha":
-        _prove_meta(path)
-    elif kind == ".gipl":
-        _prove_gipl(path)
-
-
-def _prove_meta(path: Path) -> None:
-    with open_regular(path) as file:
-        start = file.read(_TEXT_HEADER_BYTES)
-        last = re.search(rb"ElementDataFile\s*=\s*LOCAL\s*?\r?\n", start, re.I)
-        assert last is not None  # _judge_start saw it
-        fields = dict(re.findall(r"(\w+)\s*=\s*([^\r\n]*)", start[: last.end()].decode("latin-1")))
-        sizes = [int(value) for value in fields.get("DimSize", "0").split()]
-        kind = fields.get("ElementType", "").strip().removeprefix("MET_").removesuffix("_ARRAY")
-        channels = int(fields.get("ElementNumberOfChannels", "1") or 1)
-        needed = math.prod(sizes) * _META_BYTES.get(kind, 0) * channels
-        compressed = fields.get("CompressedData", "False").strip().lower() in ("true", "1")
-        if not compressed or fields.get("BinaryData", "True").strip().lower() == "false":
-            return
-        file.seek(last.end())
-        found = _inflated_size(file, path.name, needed + 1)
-    if needed and found != needed:
-        raise InputError(
-            f"{path.name}: voxels need {needed} bytes, {found} are there. Copy the file again.",
-            code="E_IO_TRUNCATED",
-        )
-
-
-def _inflated_size(file: Any, name: str, most: int) -> int:
-    inflater, total = zlib.decompressobj(), 0
-    while not inflater.eof and total < most:
-        part = inflater.unconsumed_tail or file.read(CHUNK_BYTES)
-        if not part:
-            raise InputError(
-                f"{name}: the compressed data ends too early. Copy it again.",
-                code="E_IO_TRUNCATED",
-            )
-        try:
-            total += len(inflater.decompress(part, CHUNK_BYTES))
-        except zlib.error as problem:
-            raise InputError(
-                f"{name}: the compressed data is damaged ({problem}). Copy it again.",
-                code="E_IO_CORRUPT",
-            ) from problem
-    return total
-
-
-def _prove_gipl(path: Path) -> None:
-    # Header: four big-endian sizes, then the type code (gipl format, Guys Image Processing Lab).
-    with open_regular(path) as file:
-        start = file.read(_GIPL_HEADER_BYTES)
-        file.seek(0, 2)
-        found = file.tell() - _GIPL_HEADER_BYTES
-    *sizes, kind = np.frombuffer(start, dtype=">u2", count=5)
-    bits = {1: 1, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}.get(int(kind), 8)
-    needed = math.prod(max(1, int(size)) for size in sizes) * bits // 8
-    if found < needed:
-        raise InputError(
-            f"{path.name}: voxels need {needed} bytes, {found} are there. Copy the file again.",
-            code="E_IO_TRUNCATED",
-        )
 
 
 def _unreadable(path: Path, problem: RuntimeError) -> InputError:

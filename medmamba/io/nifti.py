@@ -7,7 +7,6 @@ then are voxels interpreted. Labels go out on the bits of the input's own grid.
 from pathlib import Path
 from typing import Any
 
-import nibabel  # noqa: TID251
 import numpy as np
 from numpy.typing import NDArray
 
@@ -187,6 +186,9 @@ def write(
 
 def _output_header(source: SourceHeader, labels: NDArray[np.integer[Any]]) -> Any:
     """A fresh header: only grid fields are copied, never text that may name people."""
+    # Reading needs only our own parser, so nibabel is imported where labels are written.
+    import nibabel  # noqa: TID251
+
     block = bytes.fromhex(source.nifti_header) or _header_of(source)
     is_second = len(block) == NIFTI2_BYTES
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
@@ -209,6 +211,8 @@ def _output_header(source: SourceHeader, labels: NDArray[np.integer[Any]]) -> An
 
 def _header_of(source: SourceHeader) -> bytes:
     """A header that states the geometry of an image of another format."""
+    import nibabel  # noqa: TID251
+
     header = nibabel.Nifti1Header(endianness="<")
     matrix = source.geometry.matrix[:, [2, 1, 0, 3]]
     header.set_data_shape(source.geometry.shape[::-1])

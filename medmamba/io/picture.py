@@ -43,7 +43,7 @@ def read(
         _judge_start(file, path)
         try:
             if path.suffix.lower() in _TIFF_SUFFIXES:
-                return _read_tiff(file, path, gate)
+                return _read_tiff(path, gate)
             return _read_picture(file, path, gate, labels=labels)
         except InputError:
             raise
@@ -117,10 +117,10 @@ def _plane(array: NDArray[Any], path: Path) -> tuple[NDArray[np.generic], Source
     )
 
 
-def _read_tiff(file: BinaryIO, path: Path, gate: Gate) -> tuple[NDArray[np.generic], SourceHeader]:
+def _read_tiff(path: Path, gate: Gate) -> tuple[NDArray[np.generic], SourceHeader]:
     import tifffile
 
-    with tifffile.TiffFile(file) as document:
+    with tifffile.TiffFile(path) as document:
         series = document.series[0]
         judge_voxels(int(series.size), path.name, gate)
         _prove_segments(document, path)
