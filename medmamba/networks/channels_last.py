@@ -13,6 +13,18 @@ from torch.nn import functional
 GROUP_NORM_EPS = 1e-5
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``functional.linear``, whose weight gradient is also fast for few channels on CPU.
+
+    That gradient is a product of two tall matrices. Written as gᵀx it takes MKL 47 ms for
+    179 200 tokens of 8 to 32 channels, as xᵀg 5 ms; torch chooses by the layout of the weight.
+    """
+    if weight.shape[0] <= weight.shape[1]:
+        return functional.linear(x, weight, bias)
+    y = x @ weight.t().contiguous()
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 class GroupNormReLU(nn.Module):
     """Group normalisation of a channels-last map, then ReLU."""
 

@@ -14,11 +14,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medmamba.networks.channels_last import (
     GroupNormReLU,
     depthwise_conv,
+    linear,
     max_pool,
     upsample_linear,
 )
@@ -75,7 +75,7 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, *spatial / stride, out_channels) for a map (B, *spatial, in_channels)."""
         if self.is_pointwise:
-            return functional.linear(x, self.matrix, self.conv.bias)
+            return linear(x, self.matrix, self.conv.bias)
         return depthwise_conv(x, self.conv.weight, stride=self.stride)
 
 
@@ -93,7 +93,8 @@ class MambaLayer(nn.Module):
         """Return (B, *spatial, out_channels)."""
         tokens = x.flatten(1, -2)
         mixed = self.mamba(self.norm(tokens), x.shape[1:-1])
-        y: Tensor = self.proj(self.norm(torch.addcmul(mixed, tokens, self.skip_scale)))
+        mixed = self.norm(torch.addcmul(mixed, tokens, self.skip_scale))
+        y = linear(mixed, self.proj.weight, self.proj.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -214,7 +215,7 @@ class LightMUNet(nn.Module):
         scale, head = cast(Iterable[Conv], self.conv_final[2])
         assert scale.conv.bias is not None and head.conv.bias is not None
         matrix = head.matrix * scale.conv.weight.flatten()
-        return functional.linear(x, matrix, head.matrix @ scale.conv.bias + head.conv.bias)
+        return linear(x, matrix, head.matrix @ scale.conv.bias + head.conv.bias)
 
 
 def build(spec: NetworkSpec) -> nn.Module:

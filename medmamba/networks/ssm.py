@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from medmamba.kernels import selective_scan
 from medmamba.networks.causal_conv import causal_conv_silu
-from medmamba.networks.channels_last import depthwise_conv
+from medmamba.networks.channels_last import depthwise_conv, linear
 from medmamba.networks.directions import (
     SIAMESE,
     Direction,
@@ -70,12 +70,12 @@ def mamba_block(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> T
         (B, L, C).
     """
     rank, state = weights.dt_proj.shape[1], weights.A_log.shape[1]
-    x, gate = functional.linear(tokens, weights.in_proj).chunk(2, dim=-1)
+    x, gate = linear(tokens, weights.in_proj).chunk(2, dim=-1)
     x = causal_conv_silu(x, weights.conv_weight, weights.conv_bias)
-    step, B, C = functional.linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
+    step, B, C = linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
     y = selective_scan(
         x,
-        functional.linear(step, weights.dt_proj),
+        linear(step, weights.dt_proj),
         -torch.exp(weights.A_log),
         B,
         C,
@@ -85,7 +85,7 @@ def mamba_block(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> T
         delta_softplus=True,
         segment=segment,
     )
-    return functional.linear(y, weights.out_proj)
+    return linear(y, weights.out_proj)
 
 
 class ScanBranch(nn.Module):
