@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from medmamba.errors import KernelError
 
@@ -67,7 +68,9 @@ def scan_orders(
 
 @functools.lru_cache(maxsize=64)
 def _cached(name: str, shape: Shape, device: str) -> tuple[ScanOrder, ...]:
-    return tuple(order.to(device) for order in SCAN_ORDERS[name](shape))
+    # Tables outlive the call, so none may be made of the fake or meta tensors of an estimate.
+    with _disable_current_modes(), torch.device("cpu"):
+        return tuple(order.to(device) for order in SCAN_ORDERS[name](shape))
 
 
 def raster(shape: Shape) -> tuple[ScanOrder, ...]:

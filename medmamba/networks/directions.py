@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from medmamba.errors import PlanError
 from medmamba.kernels.scan_order import SCAN_ORDERS, WINDOW, ScanOrder, scan_orders
@@ -104,10 +105,12 @@ def walk_back(tokens: Tensor, direction: Direction, batch: int) -> Tensor:
 def _tables(order: ScanOrder) -> tuple[Tensor, Tensor]:
     """Token at each position, and position of each token."""
     assert order.index is not None
-    tokens = order.index.long()
-    if order.reverse:
-        tokens = tokens.flip(0)
-    return tokens, torch.argsort(tokens)
+    # Tables outlive the call, so none may be made of the fake tensors of an estimate.
+    with _disable_current_modes():
+        tokens = order.index.long()
+        if order.reverse:
+            tokens = tokens.flip(0)
+        return tokens, torch.argsort(tokens)
 
 
 def require_merge(merge: str, known: Sequence[str]) -> str:
