@@ -28,6 +28,18 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Price:
+    """Memory to train a network: weights and optimiser, and what each sample of a batch adds."""
+
+    fixed_bytes: int
+    bytes_per_sample: int
+
+    def of(self, batch_size: int) -> int:
+        """Return the bytes of a batch."""
+        return self.fixed_bytes + batch_size * self.bytes_per_sample
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworkRules:
     """What the planner must know of a network that is no plain U-Net.
 
@@ -35,13 +47,13 @@ class NetworkRules:
         dimensions: 2 and 3, as far as the network exists there.
         arrange: from a spec with the plan's topology to the network's own.
         divisor: required multiple of the patch per axis.
-        price: bytes needed to train a spec at a batch size.
+        price: memory needed to train a spec.
     """
 
     dimensions: frozenset[int]
     arrange: Callable[[NetworkSpec], NetworkSpec]
     divisor: Callable[[NetworkSpec], tuple[int, ...]]
-    price: Callable[[NetworkSpec, int], int]
+    price: Callable[[NetworkSpec], Price]
 
 
 def registered_rules(network: str, *, bf16: bool, optimizer_states: int) -> NetworkRules:
@@ -56,13 +68,17 @@ def registered_rules(network: str, *, bf16: bool, optimizer_states: int) -> Netw
         PlanError: there is no network of that name.
     """
     # Torch is needed to price, and only to price.
-    from medmamba.networks.memory import training_memory_bytes
+    from medmamba.networks.memory import training_cost
     from medmamba.networks.registry import find_network
 
     definition = find_network(network)
 
-    def price(spec: NetworkSpec, batch_size: int) -> int:
-        return training_memory_bytes(spec, batch_size, bf16=bf16, optimizer_states=optimizer_states)
+    def price(spec: NetworkSpec) -> Price:
+        cost = training_cost(spec, 1, bf16=bf16)
+        # Whatever a sample keeps, a batch keeps that many times.
+        per_sample = cost.activations + cost.workspace
+        fixed = cost.total(optimizer_states) - per_sample
+        return Price(fixed_bytes=fixed, bytes_per_sample=per_sample)
 
     return NetworkRules(
         dimensions=definition.dimensions,

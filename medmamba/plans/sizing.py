@@ -14,7 +14,7 @@ import numpy as np
 
 from medmamba.errors import PlanError
 from medmamba.networks.spec import NetworkSpec
-from medmamba.plans.budget import GIB, NetworkRules
+from medmamba.plans.budget import GIB, NetworkRules, Price
 from medmamba.plans.topology import (
     Topology,
     derive_topology,
@@ -202,31 +202,30 @@ def size_by_memory(
         return _arranged(request, rules, patch)
 
     @cache
-    def price(index: int, batch_size: int) -> int:
-        return rules.price(layouts[index].spec, batch_size)
+    def price(index: int) -> Price:
+        return rules.price(layouts[index].spec)
 
     layouts = list(_shrinking(request, layout_of))
     budget = memory_gb * GIB
     first = _first_below_limit(layouts, request.voxel_limit)
-    chosen = _first_that_fits(first, len(layouts), lambda i: price(i, SMALLEST_BATCH) <= budget)
+    chosen = _first_that_fits(first, len(layouts), lambda i: price(i).of(SMALLEST_BATCH) <= budget)
     if chosen is None:
-        least = price(len(layouts) - 1, SMALLEST_BATCH) / GIB
+        least = price(len(layouts) - 1).of(SMALLEST_BATCH) / GIB
         raise PlanError(
             f"network '{request.spec.name}': its smallest patch "
             f"{list(layouts[-1].patch_size)} needs {least:.1f} GB, the budget is {memory_gb:g} GB. "
             "Give more memory with --gpu-memory or choose a smaller network.",
             code="E_PLAN_MEMORY",
         )
-    two, one = price(chosen, SMALLEST_BATCH), price(chosen, 1)
-    per_sample = max(two - one, 1)
-    wanted = int((budget - (one - per_sample)) // per_sample)
+    cost = price(chosen)
+    wanted = int((budget - cost.fixed_bytes) // cost.bytes_per_sample)
     batch_size, capped = _batch(wanted, request, layouts[chosen], dataset_fraction)
-    memory = one + per_sample * (batch_size - 1)
+    memory = cost.of(batch_size)
     return Sizes(
         spec=layouts[chosen].spec,
         batch_size=batch_size,
         fill=memory / budget,
-        memory_bytes=int(memory),
+        memory_bytes=memory,
         shrunk=chosen,
         capped=capped,
     )

@@ -221,7 +221,8 @@ class _ClassFields:
 
     def _read(self, label: int, source: slice) -> NDArray[np.floating]:
         kind = np.float64 if self._half else np.float32
-        return np.array(self._logits[label, source], dtype=kind)
+        rows: NDArray[np.floating] = np.array(self._logits[label, source], dtype=kind)
+        return rows
 
     def _operator(self, axis: int) -> AxisOperator:
         kind = np.float64 if self._half else np.float32

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medmamba.errors import PlanError
 from medmamba.networks.spec import NetworkSpec
-from medmamba.plans.budget import GIB, Budget, NetworkRules
+from medmamba.plans.budget import GIB, Budget, NetworkRules, Price
 from medmamba.plans.fingerprint import Fingerprint, fingerprint_from_nnunet
 from medmamba.plans.nnunet_schema import BLOCK, plan_from_nnunet, plan_to_nnunet
 from medmamba.plans.plan import Plan
@@ -30,9 +30,9 @@ DESCRIPTION = {
 
 def golden_cases(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """Every golden plan with the fingerprint and description it was made from."""
-    cases = []
-    for path in sorted(folder.glob("sweep/*.json")):
-        cases.append((path.stem, json.loads(path.read_text())))
+    cases = [
+        (path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("sweep/*.json"))
+    ]
     for path in sorted(folder.glob("*/nnUNet*Plans*.json")):
         content = {
             "fingerprint": json.loads((path.parent / "dataset_fingerprint.json").read_text()),
@@ -177,7 +177,9 @@ def rules(bytes_per_voxel: int, *, multiple: int = 8, only: set[int] | None = No
         dimensions=frozenset(only or {2, 3}),
         arrange=arrange,
         divisor=lambda spec: (multiple,) * spec.dimension,
-        price=lambda spec, batch: 10**8 + batch * bytes_per_voxel * prod(spec.patch_size),
+        price=lambda spec: Price(
+            fixed_bytes=10**8, bytes_per_sample=bytes_per_voxel * prod(spec.patch_size)
+        ),
     )
 
 
