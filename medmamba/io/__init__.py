@@ -42,6 +42,7 @@ __all__ = [
     "read_image",
     "read_labels",
     "suffix_of",
+    "write_image",
     "write_labels",
 ]
 
@@ -176,8 +177,32 @@ def write_labels(
     module.write(path, stored, source, label_text=text)
 
 
+def write_image(path: Path | str, values: NDArray[Any], geometry: Geometry) -> None:
+    """Write one channel (D, H, W) in its own number type, atomically and byte-reproducibly.
+
+    Args:
+        path: where to; its suffix names the format.
+        values: integers of up to 32 bits, or floats, which are stored in single precision.
+        geometry: the grid of ``values``.
+
+    Raises:
+        GeometryError: values do not fit the grid.
+        EnvironmentFault: the folder cannot be written.
+    """
+    path = Path(path)
+    if tuple(values.shape) != geometry.shape:
+        raise GeometryError(
+            f"values of shape {tuple(values.shape)} do not fit a grid of {geometry.shape}."
+        )
+    kind = np.float32 if np.issubdtype(values.dtype, np.floating) else values.dtype
+    suffix = suffix_of(path)
+    plane = FORMATS[suffix].endswith("picture") and geometry.shape[0] == 1
+    source = SourceHeader(format="", suffix=suffix, dimension=2 if plane else 3, geometry=geometry)
+    _module(path).write(path, np.ascontiguousarray(values, dtype=kind), source)
+
+
 def _as_stored_labels(labels: NDArray[Any], source: SourceHeader) -> NDArray[np.integer[Any]]:
-    grid = source.straightened or source.geometry
+    grid = source.working_geometry
     if tuple(labels.shape) != grid.shape:
         raise GeometryError(
             f"labels of shape {tuple(labels.shape)} do not fit the image's grid "

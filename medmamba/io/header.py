@@ -109,6 +109,11 @@ class SourceHeader:
     warnings: tuple[str, ...] = ()
 
     @property
+    def working_geometry(self) -> Geometry:
+        """The grid on which the image was handed over and labels are expected back."""
+        return self.straightened or self.geometry
+
+    @property
     def warning_codes(self) -> tuple[str, ...]:
         """The codes of ``warnings`` alone."""
         return tuple(warning.split(":", 1)[0] for warning in self.warnings)

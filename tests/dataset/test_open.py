@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from medmamba import io
-from medmamba.dataset import Case, load_case, open_dataset
+from medmamba.dataset import Case, load_case, open_dataset, read_label_map
 from medmamba.errors import DatasetError, InputError
 
 Edit = Callable[..., None]
@@ -122,6 +122,14 @@ def decathlon(folder: Path, write: Write, *, channels: int, numbered: bool = Fal
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(description))
     return folder
+
+
+def test_label_map_alone(raw_dataset: Path, tmp_path: Path, volume: Write) -> None:
+    assert read_label_map(raw_dataset / "dataset.json").foreground_values == (1, 2)
+    task = decathlon(tmp_path / "Task01_X", volume, channels=1)
+    assert read_label_map(task / "dataset.json").values == {"background": (0,), "edema": (1,)}
+    with pytest.raises(DatasetError):
+        read_label_map(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from medmamba import io
 from medmamba.errors import EnvironmentFault, GeometryError, InputError
 from medmamba.files import from_plain, to_plain
-from medmamba.volume import VolumeKind
+from medmamba.volume import Geometry, VolumeKind
 
 SENTINEL = b"ZZPHI^NAME"
 
@@ -280,6 +280,22 @@ def test_needs_neither_simpleitk_nor_torch(
     command = [sys.executable, "-c", code, str(save(plain)), str(tmp_path / "out.nii.gz")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+@pytest.mark.parametrize("kind", ["u1", "i2", "f4", "f8"])
+def test_images_can_be_written(
+    kind: str, suffix: str, voxels: NDArray[np.int16], tmp_path: Path
+) -> None:
+    values = (np.abs(voxels).T % 200).astype(kind)
+    matrix = affine_of(rotation(30), (0.7, 1.3, 3.1))[:, [2, 1, 0, 3]]
+    geometry = Geometry.from_matrix(values.shape, matrix)
+    io.write_image(tmp_path / f"out{suffix}", values, geometry)
+    volume, _ = io.read_image(tmp_path / f"out{suffix}")
+    assert np.array_equal(volume.array[0], values)
+    assert volume.geometry.same_grid_as(geometry)
+    with pytest.raises(GeometryError):
+        io.write_image(tmp_path / "x.nii", values[1:], geometry)
 
 
 def test_unknown_suffix(tmp_path: Path) -> None:
