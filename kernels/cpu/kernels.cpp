@@ -1,5 +1,7 @@
 // Forward and backward of the scan for the instruction set this file is compiled for (three times on x86-64).
 // One block of 16 channels fills the lanes, so every sum over states stays inside a lane. Allocates nothing.
+#include <initializer_list>
+
 #include "rows.hpp"
 
 namespace medmamba {
@@ -29,7 +31,7 @@ Tokens tokens_of(const Problem& p, int64_t tile) {
   Tokens tokens;
   const int64_t first = first_position(tile);
   const int64_t left = p.length - first;
-  tokens.count = int(left < kTile ? left : kTile);
+  tokens.count = left < 0 ? 0 : int(left < kTile ? left : kTile);
   for (int t = 0; t < tokens.count; ++t) {
     const int64_t position = p.reverse ? p.length - 1 - (first + t) : first + t;
     tokens.token[t] = p.order ? int64_t(p.order[position]) : position;
@@ -133,7 +135,7 @@ template <int kStates, bool kOrdinary>
 void scan_states(const ForwardTile& tile, int from, int to, const float* rates, float* state) {
   const Exp2Table table = exp2_table();
   Vec h[kStates], A[kStates];
-  for (int n = 0; n < kStates; ++n) {
+  MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
     h[n] = load(state + n * kLanes);
     A[n] = load(rates + n * kLanes);
   }
@@ -142,14 +144,14 @@ void scan_states(const ForwardTile& tile, int from, int to, const float* rates, 
     const float* B = tile.B + t * tile.padded_state;
     const float* C = tile.C + t * tile.padded_state;
     Vec y[2] = {load(tile.y + t * kLanes), Vec{}};
-    for (int n = 0; n < kStates; ++n) {
+    MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec decay = decay_of<kOrdinary>(dt, A[n], table);
       h[n] = decay * h[n] + x * B[n];
       y[n % 2] += h[n] * C[n];
     }
     store(tile.y + t * kLanes, y[0] + y[1]);
   }
-  for (int n = 0; n < kStates; ++n) store(state + n * kLanes, h[n]);
+  MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) store(state + n * kLanes, h[n]);
 }
 
 template <bool kOrdinary>
@@ -232,8 +234,10 @@ void forward(const Problem& p, const Item& item, float* scratch) {
     gather_state(p.A, block, p, kLog2E, rates + i * p.state_floats());
     fastest[i] = largest_rate(p, rates + i * p.state_floats());
   }
+  Tokens next = tokens_of(p, 0);
   for (int64_t number = 0; number < p.tiles(); ++number) {
-    const Tokens tokens = tokens_of(p, number);
+    const Tokens tokens = next;
+    next = tokens_of(p, number + 1);
     const int64_t first = first_position(number);
     load_projection(p.B, item.batch, group, p, tokens, B);
     load_projection(p.C, item.batch, group, p, tokens, C);
@@ -250,6 +254,9 @@ void forward(const Problem& p, const Item& item, float* scratch) {
       load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, tile.dt);
       const bool ordinary = is_ordinary(step_sizes(p, block, tokens.count, tile.dt), fastest[i]);
       open_tile(p, item, block, tokens, tile);
+      for (const Rows* rows : {&p.u, &p.delta, &p.gate}) {
+        prefetch_tile(*rows, row_offset(*rows, item.batch, block), next);
+      }
       for (int t = 0; t < tokens.count;) {
         const int to = next_reset(p, first, t, tokens.count);
         const float* rate = rates + i * p.state_floats();
@@ -335,8 +342,8 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int first, 
   constexpr int S = kBackwardStates;
   const Exp2Table table = exp2_table();
   Vec h[kCount][S], A[kCount][S];
-  for (int i = 0; i < kCount; ++i) {
-    for (int n = 0; n < S; ++n) {
+  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
       h[i][n] = load(h_now + (i * S + n) * kWidth);
       A[i][n] = load(g.rates + state_at(g, first + i) + n * kLanes);
     }
@@ -345,13 +352,13 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int first, 
     const float* B = tile.B + t * tile.padded_state + n0;
     const float* C = tile.C + t * tile.padded_state + n0;
     Vec grad_C[S] = {};
-    for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
       const int64_t row = row_at(first + i) + t * kLanes;
       const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
       float* decays = tile.decay + (t * kCount + i) * S * kWidth;
       float* carried = tile.carried + (t * kCount + i) * S * kWidth;
       Vec y = Vec{};
-      for (int n = 0; n < S; ++n) {
+      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
         const Vec decay = decay_of<kOrdinary>(dt, A[i][n], table);
         const Vec before = decay * h[i][n];
         store(decays + n * kWidth, decay);
@@ -364,8 +371,8 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int first, 
     }
     add_lane_sums(grad_C, tile.grad_C + t * tile.padded_state + n0, g.accumulate);
   }
-  for (int i = 0; i < kCount; ++i) {
-    for (int n = 0; n < S; ++n) store(h_now + (i * S + n) * kWidth, h[i][n]);
+  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) store(h_now + (i * S + n) * kWidth, h[i][n]);
   }
 }
 
@@ -373,8 +380,8 @@ template <int kCount>
 void walk_back(const BackwardTile& tile, const StateGroup& g, int first, int from, int to, int n0) {
   constexpr int S = kBackwardStates;
   Vec r[kCount][S], dA[kCount][S];
-  for (int i = 0; i < kCount; ++i) {
-    for (int n = 0; n < S; ++n) {
+  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
       r[i][n] = load(g.adjoint + state_at(g, first + i) + n * kLanes);
       dA[i][n] = load(g.grad_A + state_at(g, first + i) + n * kLanes);
     }
@@ -383,14 +390,14 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int first, int fro
     const float* B = tile.B + t * tile.padded_state + n0;
     const float* C = tile.C + t * tile.padded_state + n0;
     Vec grad_B[S] = {};
-    for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
       const int64_t row = row_at(first + i) + t * kLanes;
       const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
       const float* decays = tile.decay + (t * kCount + i) * S * kWidth;
       const float* carried = tile.carried + (t * kCount + i) * S * kWidth;
       const float* A = g.rates + state_at(g, first + i);
       Vec by_input = load(tile.by_input + row), by_rate = load(tile.by_rate + row);
-      for (int n = 0; n < S; ++n) {
+      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
         const Vec adjoint = C[n] * dy + r[i][n];
         const Vec q = adjoint * load(carried + n * kWidth);
         r[i][n] = adjoint * load(decays + n * kWidth);
@@ -404,8 +411,8 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int first, int fro
     }
     add_lane_sums(grad_B, tile.grad_B + t * tile.padded_state + n0, g.accumulate);
   }
-  for (int i = 0; i < kCount; ++i) {
-    for (int n = 0; n < S; ++n) {
+  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
       store(g.adjoint + state_at(g, first + i) + n * kLanes, r[i][n]);
       store(g.grad_A + state_at(g, first + i) + n * kLanes, dA[i][n]);
     }
@@ -417,8 +424,8 @@ void backward_states(const Problem& p, const BackwardTile& tile, const StateGrou
                      int n0, int64_t first_position, int count, bool ordinary) {
   constexpr int S = kBackwardStates;
   float h[kCount * S * kWidth];
-  for (int i = 0; i < kCount; ++i) {
-    for (int n = 0; n < S; ++n) {
+  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
       store(h + (i * S + n) * kWidth, load(g.state + state_at(g, first + i) + n * kLanes));
     }
   }
@@ -441,8 +448,8 @@ void backward_states(const Problem& p, const BackwardTile& tile, const StateGrou
     walk_back<kCount>(tile, g, first, from, to, n0);
     const int64_t position = first_position + from;
     if (p.reset_every > 0 && position > 0 && position % p.reset_every == 0) {
-      for (int i = 0; i < kCount; ++i) {
-        for (int n = 0; n < S; ++n) store(g.adjoint + state_at(g, first + i) + n * kLanes, Vec{});
+      MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+        MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) store(g.adjoint + state_at(g, first + i) + n * kLanes, Vec{});
       }
     }
     to = from;
