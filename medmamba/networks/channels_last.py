@@ -6,11 +6,8 @@ group norm are many times slower on few channels than the forms here.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-
-GROUP_NORM_EPS = 1e-5
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,23 +20,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     y = x @ weight.t().contiguous()
     return y if bias is None else y + bias.to(y.dtype)
-
-
-class GroupNormReLU(nn.Module):
-    """Group normalisation of a channels-last map, then ReLU."""
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a map of the same shape."""
-        y = functional.group_norm(
-            x.movedim(-1, 1), self.groups, self.weight, self.bias, GROUP_NORM_EPS
-        )
-        return functional.relu(y).movedim(1, -1)
 
 
 def depthwise_conv(

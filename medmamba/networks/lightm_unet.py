@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from medmamba.networks.channels_last import (
-    GroupNormReLU,
     depthwise_conv,
     linear,
     max_pool,
     upsample_linear,
 )
 from medmamba.networks.definition import NetworkDefinition, check_spec, read_options, require
+from medmamba.networks.group_norm import GroupNormReLU
 from medmamba.networks.mixer import make_mixer
 from medmamba.networks.spec import NetworkSpec, OptionValue
 
