@@ -6,9 +6,11 @@
 
 #include <stdexcept>
 
+#include "conv.hpp"
 #include "driver.hpp"
 
 namespace nb = nanobind;
+using medmamba::Conv;
 using medmamba::Problem;
 using medmamba::Rows;
 
@@ -90,12 +92,48 @@ void backward(const std::vector<int64_t>& values, int threads, const std::string
   medmamba::run_backward(p, threads, instruction_set);
 }
 
+Conv read_conv(Reader& reader) {
+  Conv p{};
+  for (int64_t* size : {&p.batch, &p.length, &p.channels}) *size = reader.number();
+  p.taps = int(reader.number());
+  p.x = reader.rows();
+  p.weight = reader.pointer<const float>();
+  p.bias = reader.pointer<const float>();
+  p.history = reader.pointer<const float>();
+  return p;
+}
+
+void conv_forward(const std::vector<int64_t>& values, int threads, const std::string& instruction_set) {
+  Reader reader(values);
+  Conv p = read_conv(reader);
+  p.out = reader.rows();
+  reader.finish();
+  nb::gil_scoped_release release;
+  medmamba::run_conv_forward(p, threads, instruction_set);
+}
+
+void conv_backward(const std::vector<int64_t>& values, int threads, const std::string& instruction_set) {
+  Reader reader(values);
+  Conv p = read_conv(reader);
+  p.grad_out = reader.rows();
+  p.grad_x = reader.rows();
+  p.following = reader.pointer<const float>();
+  p.grad_first = reader.pointer<float>();
+  p.grad_weight = reader.pointer<float>();
+  p.grad_bias = reader.pointer<float>();
+  reader.finish();
+  nb::gil_scoped_release release;
+  medmamba::run_conv_backward(p, threads, instruction_set);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("forward", &forward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
   m.def("backward", &backward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
+  m.def("conv_forward", &conv_forward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
+  m.def("conv_backward", &conv_backward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
   m.def("instruction_sets", &medmamba::instruction_sets);
   m.def("states_shape", &medmamba::states_shape, nb::arg("batch"), nb::arg("length"),
-        nb::arg("channels"), nb::arg("groups"), nb::arg("state"));
+        nb::arg("channels"), nb::arg("groups"), nb::arg("state"), nb::arg("segment"));
 }

@@ -4,15 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
+
+#include "threads.hpp"
 
 namespace medmamba {
 namespace {
@@ -65,54 +62,6 @@ int useful_threads(const Problem& p, int threads, size_t items) {
   const int64_t elements = p.batch * p.length * p.channels * p.state;
   const int64_t most = std::min<int64_t>(int64_t(items), elements / kElementsPerThread);
   return int(std::max<int64_t>(1, std::min<int64_t>(threads, most)));
-}
-
-// Meeting point of the threads of one call.
-class Barrier {
- public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t round = round_;
-    if (++arrived_ == threads_) {
-      arrived_ = 0;
-      ++round_;
-      here_.notify_all();
-    } else {
-      here_.wait(lock, [&] { return round_ != round; });
-    }
-  }
-  // A thread that could not be started does not take part.
-  void shrink(int threads) { threads_ = threads; }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable here_;
-  int threads_;
-  int arrived_ = 0;
-  int64_t round_ = 0;
-};
-
-// Runs work(thread) on `threads` threads, fewer if the system refuses; the caller is one of them.
-void on_threads(int threads, const std::function<void(int, Barrier&)>& work) {
-  Barrier barrier(threads);
-  std::mutex start;  // held until the number of threads is known
-  std::vector<std::thread> others;
-  {
-    std::lock_guard<std::mutex> hold(start);
-    try {
-      for (int i = 1; i < threads; ++i) {
-        others.emplace_back([&, i] {
-          { std::lock_guard<std::mutex> wait(start); }
-          work(i, barrier);
-        });
-      }
-    } catch (const std::system_error&) {
-      barrier.shrink(int(others.size()) + 1);
-    }
-  }
-  work(0, barrier);
-  for (std::thread& other : others) other.join();
 }
 
 struct Aligned {
@@ -238,8 +187,9 @@ std::vector<std::string> instruction_sets() {
 }
 
 std::vector<int64_t> states_shape(int64_t batch, int64_t length, int64_t channels, int64_t groups,
-                                  int64_t state) {
+                                  int64_t state, int64_t segment) {
   Problem p{};
+  p.segment = segment;
   p.batch = batch, p.length = length, p.channels = channels, p.groups = groups, p.state = state;
   return {batch, p.tiles(), p.blocks(), p.padded_state(), kLanes};
 }

@@ -103,7 +103,7 @@ def choose(arguments: ScanArguments) -> Backend:
     Raises:
         KernelError: MEDMAMBA_SCAN names an unknown backend, or one that cannot run them.
     """
-    forced = os.environ.get(VARIABLE)
+    forced = forced_backend()
     if forced:
         return _forced(forced, arguments)
     passed_over: list[str] = []
@@ -115,6 +115,11 @@ def choose(arguments: ScanArguments) -> Backend:
             return _module(name)
         passed_over.append(f"{name}: {reason}")
     raise KernelError("no backend can run this scan: " + "; ".join(passed_over))
+
+
+def forced_backend() -> str:
+    """Name of the backend that the environment forces; empty when it leaves the choice to us."""
+    return os.environ.get(VARIABLE, "")
 
 
 def backend_report(device: str = "cpu") -> tuple[BackendStatus, ...]:

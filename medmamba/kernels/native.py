@@ -1,7 +1,7 @@
 """The compiled scan for CPUs: hands pointers, sizes and strides of torch tensors to `_native`.
 
-Owns the order of the argument list (kernels/cpu/binding.cpp reads it) and where outputs are allocated;
-the algorithm is in kernels/cpu.
+Owns the order of the argument list (kernels/cpu/binding.cpp reads it) and where outputs are
+allocated; the algorithm is in kernels/cpu.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from medmamba.kernels import _native
 from medmamba.kernels.arguments import Gradients, Needs, ScanArguments, empty_rows
 
 INSTRUCTION_SET_VARIABLE = "MEDMAMBA_CPU_ISA"  # for tests: v4, v3 or base
+LONGEST_SEGMENT = 64  # tokens of a tile
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NO_ROWS = (0, 0, 0, 0, 1, 0)
+NO_ROWS = (0, 0, 0, 0, 1, 0)
 
 
 def refusal(arguments: ScanArguments) -> str | None:
@@ -28,8 +29,8 @@ def refusal(arguments: ScanArguments) -> str | None:
         return f"computes in float32; {arguments.compute_dtype} is left to the definition"
     if arguments.out_dtype not in _TYPES:
         return f"writes float32, bfloat16 and float16, not {arguments.out_dtype}"
-    if arguments.segment:
-        return "has no local-bidirectional mode"
+    if arguments.segment > LONGEST_SEGMENT:
+        return f"takes segments of at most {LONGEST_SEGMENT}, not {arguments.segment}"
     return None
 
 
@@ -48,6 +49,7 @@ def states_shape(arguments: ScanArguments) -> tuple[int, ...]:
             arguments.channels,
             arguments.groups,
             arguments.state,
+            arguments.segment,
         )
     )
 
@@ -59,8 +61,8 @@ def forward(arguments: ScanArguments, *, save_states: bool) -> tuple[Tensor, Ten
     h_last = torch.empty((arguments.batch, arguments.channels, arguments.state))
     states = torch.empty(states_shape(arguments) if save_states else (0,))
     arguments_list, keep = _inputs(arguments, states if save_states else None)
-    arguments_list += [*_rows(out), h_last.data_ptr()]
-    _call(_native.forward, arguments_list)
+    arguments_list += [*rows_of(out), h_last.data_ptr()]
+    call(_native.forward, arguments_list)
     del keep
     return out, h_last, states
 
@@ -74,18 +76,18 @@ def backward(
 ) -> Gradients:
     """Gradients; see backend.py for the contract."""
     values, keep = _inputs(arguments, states)
-    grad_out = None if grad_out is None else _readable(grad_out)
+    grad_out = None if grad_out is None else readable(grad_out)
     last = None if grad_h_last is None else grad_h_last.float().contiguous()
     grads = {
         name: _empty_gradient(name, getattr(arguments, name))
         for name, needed in zip(Needs._fields, needs, strict=True)
         if needed and getattr(arguments, name) is not None
     }
-    values += [*_rows(grad_out), _pointer(last)]
+    values += [*rows_of(grad_out), pointer_of(last)]
     for name in ("u", "delta", "gate", "B", "C"):
-        values += _rows(grads.get(name))
-    values += [_pointer(grads.get(name)) for name in ("A", "skip", "delta_bias", "h0")]
-    _call(_native.backward, values)
+        values += rows_of(grads.get(name))
+    values += [pointer_of(grads.get(name)) for name in ("A", "skip", "delta_bias", "h0")]
+    call(_native.backward, values)
     del keep
     return Gradients(**grads)
 
@@ -102,44 +104,46 @@ def _inputs(arguments: ScanArguments, states: Tensor | None) -> tuple[list[int],
     keep: list[Tensor] = []
     for rows in (arguments.u, arguments.delta, arguments.gate, arguments.B, arguments.C):
         if rows is not None:
-            rows = _readable(rows)
+            rows = readable(rows)
             keep.append(rows)
-        values += _rows(rows)
+        values += rows_of(rows)
     for parameter in (arguments.A, arguments.skip, arguments.delta_bias, arguments.h0):
         if parameter is not None:
             parameter = parameter.contiguous()
             keep.append(parameter)
-        values.append(_pointer(parameter))
+        values.append(pointer_of(parameter))
     order = None if arguments.order is None else arguments.order.contiguous()
     if order is not None:
         keep.append(order)
     values += [
-        _pointer(order),
+        pointer_of(order),
         int(arguments.reverse),
         int(arguments.delta_softplus),
         arguments.reset_every,
         arguments.segment,
-        _pointer(states),
+        pointer_of(states),
     ]
     return values, keep
 
 
-def _readable(rows: Tensor) -> Tensor:
+def readable(rows: Tensor) -> Tensor:
     """The tensor itself unless neither its last dimension nor its tokens are adjacent."""
     if rows.stride(-1) == 1 or rows.stride(1) == 1:
         return rows
     return rows.contiguous()
 
 
-def _rows(rows: Tensor | None) -> tuple[int, ...]:
-    if rows is None:
-        return _NO_ROWS
-    strides = rows.stride()
+def rows_of(tensor: Tensor | None) -> tuple[int, ...]:
+    """Pointer, type and strides of token rows, as the extension reads them."""
+    if tensor is None:
+        return NO_ROWS
+    strides = tensor.stride()
     group = strides[2] if len(strides) == 4 else 0
-    return (rows.data_ptr(), _TYPES[rows.dtype], strides[0], strides[1], strides[-1], group)
+    return (tensor.data_ptr(), _TYPES[tensor.dtype], strides[0], strides[1], strides[-1], group)
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer_of(tensor: Tensor | None) -> int:
+    """Address of the first element; 0 for no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -153,7 +157,12 @@ def _instruction_set() -> str:
     return os.environ.get(INSTRUCTION_SET_VARIABLE, "")
 
 
-def _call(function: object, values: list[int]) -> None:
+def call(function: object, values: list[int]) -> None:
+    """Run a function of the extension with torch's number of threads.
+
+    Raises:
+        KernelError: the extension refuses the arguments.
+    """
     assert callable(function)
     try:
         function(values, torch.get_num_threads(), _instruction_set())

@@ -10,15 +10,15 @@ N state size, R rank of the step size, K scan directions, G groups.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medmamba.kernels import selective_scan
-from medmamba.networks.causal_conv import causal_conv_silu
-from medmamba.networks.channels_last import depthwise_conv, linear
+from medmamba.kernels.mamba_block import MambaWeights, mamba_block
+from medmamba.networks.channels_last import depthwise_conv
 from medmamba.networks.directions import (
     SIAMESE,
     Direction,
@@ -38,54 +38,6 @@ RANK_DIVISOR = 16
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 """Range of the initial step sizes and the clamp below (Gu and Dao 2023, section 3.6; code)."""
-
-
-class MambaWeights(NamedTuple):
-    """The tensors of one Mamba block; names and shapes as in the official state dict."""
-
-    in_proj: Tensor
-    conv_weight: Tensor
-    conv_bias: Tensor
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    out_proj: Tensor
-
-
-def mamba_block(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> Tensor:
-    """Evaluate one Mamba block over tokens in sequence order.
-
-    Gu and Dao 2023, figure 3 and algorithm 2, as ``mamba_ssm.Mamba`` composes it. Projections
-    run in the autocast type where autocast is on; A, D and the step bias enter the scan as they
-    are stored, and the scan keeps its state in float32 (float64 for float64 input).
-
-    Args:
-        tokens: (B, L, C).
-        weights: the block's tensors.
-        segment: length of the segments of the local bidirectional scan; 0 scans forward only.
-
-    Returns:
-        (B, L, C).
-    """
-    rank, state = weights.dt_proj.shape[1], weights.A_log.shape[1]
-    x, gate = linear(tokens, weights.in_proj).chunk(2, dim=-1)
-    x = causal_conv_silu(x, weights.conv_weight, weights.conv_bias)
-    step, B, C = linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
-    y = selective_scan(
-        x,
-        linear(step, weights.dt_proj),
-        -torch.exp(weights.A_log),
-        B,
-        C,
-        skip=weights.D,
-        gate=gate,
-        delta_bias=weights.dt_bias,
-        delta_softplus=True,
-        segment=segment,
-    )
-    return linear(y, weights.out_proj)
 
 
 class ScanBranch(nn.Module):

@@ -1,0 +1,213 @@
+"""The Mamba-1 block over a sequence of tokens, evaluated in chunks that stay in cache.
+
+A plain composition keeps every intermediate of the block, eight times the inner width per token.
+The streamed form goes through the tokens chunk by chunk, carrying the convolution's last inputs and
+the scan's state, and recomputes each chunk in the backward pass; it keeps the block's input, and a
+state per chunk. Both give the same result. Modules with parameters are the networks'.
+
+Shapes: B batch, L tokens, C model width, E inner width, N state size, R rank of the step, T taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from medmamba.kernels.causal_conv import causal_conv_silu
+from medmamba.kernels.operator import selective_scan
+
+CPU_CHUNK_VALUES = 1 << 17
+"""Inner values (B·tokens·E) of a chunk, whose intermediates then fit an L2 cache of 1 to 2 MB."""
+GPU_CHUNK_VALUES = 1 << 24
+"""On a GPU a chunk must fill the device; 32 MB in bfloat16 per intermediate."""
+MINIMUM_CHUNK = 256
+"""Tokens below which the work around a chunk outweighs the chunk."""
+
+
+class MambaWeights(NamedTuple):
+    """The tensors of one Mamba block; names and shapes as in the official state dict.
+
+    Args:
+        in_proj: (2E, C), inputs then gates.
+        conv_weight: (E, 1, T).
+        conv_bias: (E,).
+        x_proj: (R + 2N, E): step, B, C.
+        dt_proj: (E, R).
+        dt_bias: (E,).
+        A_log: (E, N).
+        D: (E,).
+        out_proj: (C, E).
+    """
+
+    in_proj: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj: Tensor
+
+
+class _Carry(NamedTuple):
+    """What a chunk hands to the next: inputs of the convolution (B, T-1, E), state (B, E, N)."""
+
+    history: Tensor
+    state: Tensor
+
+
+def mamba_block(
+    tokens: Tensor, weights: MambaWeights, *, segment: int = 0, chunk: int | None = None
+) -> Tensor:
+    """Evaluate one Mamba block over tokens in sequence order.
+
+    Gu and Dao 2023, figure 3 and algorithm 2, as ``mamba_ssm.Mamba`` composes it. Projections
+    run in the autocast type where autocast is on; A, D and the step bias enter the scan as they
+    are stored, and the scan keeps its state in float32 (float64 for float64 input).
+
+    Args:
+        tokens: (B, L, C).
+        weights: the block's tensors.
+        segment: length of the segments of the local bidirectional scan; 0 scans forward only.
+        chunk: tokens per chunk; chosen by size and device when None, 0 for the plain composition.
+
+    Returns:
+        (B, L, C), in the autocast type where autocast is on.
+    """
+    dtype = _compute_dtype(tokens)
+    cast = _cast(weights, dtype)
+    length = chunk_length(tokens, weights, segment=segment) if chunk is None else chunk
+    with torch.autocast(tokens.device.type, enabled=False):
+        if not length or length >= tokens.shape[1] or torch.compiler.is_compiling():
+            return _chunk_output(tokens.to(dtype), cast, None, segment)[0]
+        settings = (length, segment)
+        return _Streamed.apply(settings, tokens.to(dtype), *cast)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def chunk_length(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> int:
+    """Return the tokens of a chunk: a function of shapes and device alone, never of a timing."""
+    values = CPU_CHUNK_VALUES if tokens.device.type == "cpu" else GPU_CHUNK_VALUES
+    count = values // max(1, tokens.shape[0] * weights.A_log.shape[0])
+    unit = segment or MINIMUM_CHUNK
+    return max(MINIMUM_CHUNK, count) // unit * unit or unit
+
+
+def _compute_dtype(tokens: Tensor) -> torch.dtype:
+    kind = tokens.device.type
+    if torch.is_autocast_enabled(kind) and tokens.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return tokens.dtype
+
+
+def _cast(weights: MambaWeights, dtype: torch.dtype) -> MambaWeights:
+    """Projections in the type they compute in; what the scan and the convolution read stays."""
+    names = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    return weights._replace(**{name: getattr(weights, name).to(dtype) for name in names})
+
+
+def _chunk_output(
+    tokens: Tensor, weights: MambaWeights, carry: _Carry | None, segment: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, n, C) of a chunk, the inputs of its convolution (B, n, E), and its last state."""
+    rank, state = weights.dt_proj.shape[1], weights.A_log.shape[1]
+    inputs, gate = functional.linear(tokens, weights.in_proj).chunk(2, dim=-1)
+    history = None if carry is None else carry.history
+    x = causal_conv_silu(inputs, weights.conv_weight, weights.conv_bias, history)
+    step, B, C = functional.linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
+    y, last = selective_scan(
+        x,
+        functional.linear(step, weights.dt_proj),
+        -torch.exp(weights.A_log),
+        B,
+        C,
+        skip=weights.D,
+        gate=gate,
+        delta_bias=weights.dt_bias,
+        delta_softplus=True,
+        segment=segment,
+        h0=None if carry is None else carry.state,
+        return_last_state=True,
+    )
+    return functional.linear(y, weights.out_proj), inputs, last
+
+
+def _last_inputs(history: Tensor, inputs: Tensor) -> Tensor:
+    count = history.shape[1]
+    if inputs.shape[1] >= count:
+        return inputs[:, inputs.shape[1] - count :]
+    return torch.cat([history, inputs], dim=1)[:, inputs.shape[1] :]
+
+
+def _first_carry(tokens: Tensor, weights: MambaWeights) -> _Carry:
+    batch, inner, taps = tokens.shape[0], weights.A_log.shape[0], weights.conv_weight.shape[-1]
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return _Carry(
+        tokens.new_zeros(batch, taps - 1, inner),
+        tokens.new_zeros((batch, inner, weights.A_log.shape[1]), dtype=wide),
+    )
+
+
+class _Streamed(torch.autograd.Function):
+    """The block in chunks; saves its input and the carry into every chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: tuple[int, int], tokens: Tensor, *tensors: Tensor) -> Tensor:
+        length, segment = settings
+        weights = MambaWeights(*tensors)
+        starts = range(0, tokens.shape[1], length)
+        carry = _first_carry(tokens, weights)
+        histories = carry.history.new_empty(len(starts), *carry.history.shape)
+        states = carry.state.new_empty(len(starts), *carry.state.shape)
+        out = tokens.new_empty(*tokens.shape[:2], weights.out_proj.shape[0])
+        # With fake tensors only sizes count, and one chunk has all of them.
+        needed = starts if out.untyped_storage().device.type != "meta" else starts[:1]
+        for index, start in enumerate(needed):
+            histories[index], states[index] = carry
+            piece = tokens[:, start : start + length]
+            out[:, start : start + length], inputs, last = _chunk_output(
+                piece, weights, carry, segment
+            )
+            carry = _Carry(_last_inputs(carry.history, inputs), last)
+        ctx.settings = settings
+        ctx.save_for_backward(tokens, histories, states, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, histories, states, *tensors = ctx.saved_tensors
+        length, segment = ctx.settings
+        carry = _Carry(histories[0], states[0])
+        grad_carry = _Carry(*(torch.zeros_like(part) for part in carry))
+        grad_tokens = torch.empty_like(tokens)
+        totals = [torch.zeros_like(tensor, dtype=states.dtype) for tensor in tensors]
+        for index in reversed(range(len(states))):
+            part = slice(index * length, (index + 1) * length)
+            leaves = [tokens[:, part], histories[index], states[index], *tensors]
+            found = _chunk_gradients(leaves, grad[:, part], grad_carry, segment)
+            grad_tokens[:, part] = found[0]
+            grad_carry = _Carry(found[1], found[2])
+            for total, share in zip(totals, found[3:], strict=True):
+                total += share
+        given = [total.to(tensor.dtype) for total, tensor in zip(totals, tensors, strict=True)]
+        return (None, grad_tokens, *given)
+
+
+def _chunk_gradients(
+    leaves: Sequence[Tensor], grad: Tensor, grad_carry: _Carry, segment: int
+) -> tuple[Tensor, ...]:
+    """Recompute a chunk and differentiate it with respect to its tokens, carry and weights."""
+    with torch.enable_grad():
+        tokens, history, state, *tensors = (leaf.detach().requires_grad_() for leaf in leaves)
+        weights = MambaWeights(*tensors)
+        out, inputs, last = _chunk_output(tokens, weights, _Carry(history, state), segment)
+        outputs = (out, _last_inputs(history, inputs), last)
+        return torch.autograd.grad(
+            outputs, (tokens, history, state, *tensors), (grad, *grad_carry), materialize_grads=True
+        )
