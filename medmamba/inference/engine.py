@@ -101,32 +101,31 @@ def predict_cases(
     require_writable_folder(folder)
     sweep_temporary_files(folder)
     run = Run(folder)
+    total = len(cases) + len(rejected)
+    run.log("started", cases=total, rejected=len(rejected), parameters=predictor.parameters())
     work = CaseWork(folder, predictor, model=model, run=run, overwrite=overwrite)
-    run.log("started", cases=len(cases), rejected=len(rejected), parameters=predictor.parameters())
     with drain_on_signals(grace_s) as drain:
         batch = _Batch(
             work,
             drain,
-            total=len(cases) + len(rejected),
+            total=total,
             on_case=on_case,
             max_failures=max_failures,
             prefetch_bytes=prefetch_bytes,
         )
         try:
-            for rejection in rejected:
-                batch.report(work.refuse(rejection))
-            batch.run(cases)
+            batch.run(cases, rejected)
+            exit_code = drain.exit_code or _exit_code(batch.records, fail_on)
+            run.log("ended", exit_code=exit_code)
+            context = {"model": model, "parameters": predictor.parameters(), "overwrite": overwrite}
+            run.finish(batch.records, context=context, exit_code=exit_code)
         finally:
             run.close()
-        exit_code = drain.exit_code or _exit_code(batch.records, fail_on)
-    context = {"model": model, "parameters": predictor.parameters(), "overwrite": overwrite}
-    run.log("ended", exit_code=exit_code)
-    run.finish(batch.records, context=context, exit_code=exit_code)
     return PredictionRun(
         folder=folder,
         run_id=run.run_id,
         records=tuple(batch.records),
-        total=len(cases) + len(rejected),
+        total=total,
         exit_code=exit_code,
         elapsed_s=time.monotonic() - start,
     )
@@ -155,8 +154,10 @@ class _Batch:
         self._started = time.monotonic()
         self._short_of_memory: list[Case] = []
 
-    def run(self, cases: Sequence[Case]) -> None:
+    def run(self, cases: Sequence[Case], rejected: Sequence[Rejection]) -> None:
         """Work through all cases, then alone through those that did not fit beside another."""
+        for rejection in rejected:
+            self.report(self._work.refuse(rejection))
         with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
             self._overlapped(list(cases), reader, writer)
         for case in self._short_of_memory:

@@ -123,7 +123,6 @@ class Run:
             "journal_sha256": self._previous,
         }
         write_atomic(self.folder / "manifest.json", to_json(manifest))
-        self.close()
 
     def close(self) -> None:
         """Say that this run is over."""
