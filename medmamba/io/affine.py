@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from medmamba.errors import InputError
+from medmamba.errors import GeometryError, InputError
 from medmamba.io.header import Finding, Gate
 from medmamba.volume import Geometry
 
@@ -20,9 +20,16 @@ _ULP_STEPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)
 Matrix = NDArray[np.float64]
 
 
-def to_geometry(matrix: Matrix, shape: tuple[int, int, int]) -> Geometry:
-    """Turn an affine over voxels (x, y, z) into a Geometry over (D, H, W)."""
-    return Geometry.from_matrix(shape, matrix[:, [2, 1, 0, 3]])
+def to_geometry(matrix: Matrix, shape: tuple[int, int, int], name: str) -> Geometry:
+    """Turn an affine over voxels (x, y, z) into a Geometry over (D, H, W).
+
+    Raises:
+        InputError: the affine is singular or not finite.
+    """
+    try:
+        return Geometry.from_matrix(shape, matrix[:, [2, 1, 0, 3]])
+    except GeometryError as problem:
+        raise InputError(f"{name}: {problem.message}", code="E_GEOM_SINGULAR") from problem
 
 
 def column_of_length(direction: Matrix, length: float) -> Matrix:

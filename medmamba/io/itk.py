@@ -20,6 +20,7 @@ from medmamba.io.affine import (
     judge_shear,
     judge_spacing,
     judge_voxels,
+    numbers,
     to_geometry,
 )
 from medmamba.io.header import Gate, ItkFields, SourceHeader
@@ -108,6 +109,7 @@ def _geometry(
     spacing = [abs(value) for value in fields.spacing]
     direction = np.eye(3)
     direction[:axes, :axes] = np.array(fields.direction).reshape(axes, axes)
+    _require_directions(direction, spacing, name)
     if axes == 2:
         spacing.append(PLANE_SLICE_MM * max(spacing))
     matrix: Matrix = np.eye(4)
@@ -117,7 +119,28 @@ def _geometry(
     judge_spacing(matrix, axes, name, gate)
     findings = judge_shear(matrix, name, gate)
     shape = (size[2] if len(size) > 2 else 1, size[1], size[0])
-    return to_geometry(LPS_TO_RAS @ matrix, shape), findings
+    return to_geometry(LPS_TO_RAS @ matrix, shape, name), findings
+
+
+def _require_directions(direction: Matrix, spacing: list[float], name: str) -> None:
+    if not all(math.isfinite(value) and value > 0 for value in spacing):
+        raise InputError(
+            f"{name}: voxel spacing is {numbers(spacing)}; positive numbers are needed. "
+            "Repair the header from the source of the image.",
+            code="E_GEOM_SPACING",
+        )
+    lengths = np.linalg.norm(direction, axis=0)
+    # Some writers put lengths into the directions; only the angle between axes matters here.
+    if (
+        not np.isfinite(lengths).all()
+        or lengths.min() < 1e-6
+        or (abs(np.linalg.det(direction / lengths)) < 1e-6)
+    ):
+        raise InputError(
+            f"{name}: axes point {numbers(direction)}, which is singular or not finite. "
+            "Repair the header from the source of the image.",
+            code="E_GEOM_SINGULAR",
+        )
 
 
 def _unreadable(path: Path, problem: RuntimeError) -> InputError:

@@ -24,9 +24,8 @@ from medmamba.io.nifti_header import (
     recognise,
 )
 from medmamba.io.payload import PayloadReader, compress_gzip
+from medmamba.volume import Geometry
 
-FLOAT32_WHOLE_LIMIT = 2.0**24
-"""Whole numbers above this are not all representable in float32."""
 _SLAB_VALUES = 1 << 20
 _EXTENSION_TEXT_CODE = 6
 _DESCRIPTION = b"medmamba"
@@ -44,11 +43,10 @@ def read(
         InputError: the file cannot be trusted.
     """
     with PayloadReader(path) as reader:
-        header, block, findings = _read_header(reader, path.name, gate)
-        geometry, noticed = read_transform(header, path.name, gate)
+        header, block, geometry, findings = _read_header(reader, path.name, gate)
         values = _read_values(reader, header, path.name)
         reader.finish()
-        findings = [*reader.findings, *findings, *noticed, *_odd_name(path, reader)]
+        findings = [*reader.findings, *findings, *_odd_name(path, reader)]
     array = _as_channels(values, header)
     return array, SourceHeader(
         format="nifti",
@@ -69,9 +67,8 @@ def read_header(path: Path, gate: Gate) -> SourceHeader:
         InputError: the header cannot be trusted.
     """
     with PayloadReader(path) as reader:
-        header, block, findings = _read_header(reader, path.name, gate)
-        geometry, noticed = read_transform(header, path.name, gate)
-        findings = [*findings, *noticed, *_odd_name(path, reader)]
+        header, block, geometry, findings = _read_header(reader, path.name, gate)
+        findings = [*findings, *_odd_name(path, reader)]
     return SourceHeader(
         format="nifti",
         suffix=".nii.gz" if path.name.lower().endswith(".gz") else ".nii",
@@ -86,21 +83,32 @@ def read_header(path: Path, gate: Gate) -> SourceHeader:
 
 def _read_header(
     reader: PayloadReader, name: str, gate: Gate
-) -> tuple[NiftiHeader, bytes, list[Finding]]:
-    block = reader.read(NIFTI1_BYTES)
-    if recognise(block, name)[0] == 2:
-        block += reader.read(NIFTI2_BYTES - NIFTI1_BYTES)
-    header = parse_header(block, name)
-    findings = judge_header(header, name, gate)
+) -> tuple[NiftiHeader, bytes, Geometry, list[Finding]]:
+    """Read up to the first voxel and judge everything the header says."""
+    try:
+        block = reader.read(NIFTI1_BYTES)
+        if recognise(block, name)[0] == 2:
+            block += reader.read(NIFTI2_BYTES - NIFTI1_BYTES)
+        header = parse_header(block, name)
+        findings = judge_header(header, name, gate)
+        _require_room(reader, header, name)
+        geometry, noticed = read_transform(header, name, gate)
+    except InputError:
+        reader.prove_rest()
+        raise
+    before = int(header.offset) - len(block)
+    if reader.skip(before) < before:
+        raise _offset_beyond(name, int(header.offset))
+    return header, block, geometry, [*findings, *noticed]
+
+
+def _require_room(reader: PayloadReader, header: NiftiHeader, name: str) -> None:
+    """Refuse, before memory is taken, what a file of this size cannot hold."""
     offset = int(header.offset)
     if not reader.is_gzip and offset > max(reader.file_bytes, header.header_bytes + 4):
         raise _offset_beyond(name, offset)
     if reader.most_bytes < offset + header.data_bytes:
         raise _truncated(name, reader.file_bytes, header)
-    skipped = reader.skip(offset - len(block))
-    if skipped < offset - len(block):
-        raise _offset_beyond(name, offset)
-    return header, block, findings
 
 
 def _read_values(reader: PayloadReader, header: NiftiHeader, name: str) -> NDArray[np.generic]:

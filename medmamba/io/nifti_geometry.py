@@ -52,7 +52,7 @@ def read_transform(header: NiftiHeader, name: str, gate: Gate) -> tuple[Geometry
     matrix = _settle_spacing(matrix, pixdim, factor)
     judge_spacing(matrix, _axes(header), name, gate)
     findings += judge_shear(matrix, name, gate)
-    return to_geometry(matrix, spatial_shape(header)), findings
+    return to_geometry(matrix, spatial_shape(header), name), findings
 
 
 def spatial_shape(header: NiftiHeader) -> tuple[int, int, int]:

@@ -17,6 +17,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 CHUNK_BYTES = 1 << 20
 TRAILING_BYTES_LIMIT = 64 << 10
 """Bytes read past the voxels before giving up: enough for padding, too little for a bomb."""
+PROOF_BYTES_LIMIT = 256 << 20
+"""Bytes decoded to explain a bad header: under a second, and no bomb takes longer."""
 DEFLATE_MAX_RATIO = 1032
 """Deflate cannot expand a byte into more than this many (RFC 1951: 258 bytes from two bits)."""
 _GZIP_WINDOW_BITS = 31
@@ -137,6 +139,15 @@ class PayloadReader:
                 break
             skipped += len(part)
         return skipped
+
+    def prove_rest(self) -> None:
+        """Decode on, within a bound, to learn whether a compressed stream is damaged.
+
+        Raises:
+            InputError: it is; that explains a senseless header better than the header does.
+        """
+        if self.is_gzip:
+            self.skip(PROOF_BYTES_LIMIT)
 
     def finish(self) -> None:
         """Require the end of the stream here, with correct checksums, in an unchanged file.

@@ -101,6 +101,28 @@ def test_voxels_elsewhere_are_refused(
     assert "another file" in findings[0].message
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [(b"TransformMatrix = 0 1 0", b"TransformMatrix = 0 0 0", "E_GEOM_SINGULAR"),
+     (b"TransformMatrix = 0 1 0", b"TransformMatrix = nan 1 0", "E_GEOM_SINGULAR"),
+     (b"TransformMatrix = 0 1 0", b"TransformMatrix = 2 1 0", "E_GEOM_SHEAR"),
+     (b"ElementSpacing = 0.5", b"ElementSpacing = 900", "E_GEOM_SPACING")],
+)  # fmt: skip
+def test_impossible_itk_geometry(
+    old: bytes, new: bytes, code: str, voxels: NDArray[np.int16], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.mha"
+    image = sitk.GetImageFromArray(voxels.T.copy())
+    image.SetSpacing((0.5, 1.3, 3.1))
+    image.SetOrigin((-12.5, 4.25, 100.0))
+    image.SetDirection((0, 1, 0, 1, 0, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+    raw = path.read_bytes()
+    assert old in raw
+    path.write_bytes(raw.replace(old, new))
+    assert code in [finding.code for finding in io.check_file(path)]
+
+
 def test_itk_limits_planes_and_vectors(voxels: NDArray[np.int16], tmp_path: Path) -> None:
     path = tmp_path / "in.nrrd"
     itk_file(path, voxels)

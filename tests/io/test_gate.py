@@ -184,6 +184,18 @@ def test_accepts(
     assert codes(path) == found
 
 
+def test_flipped_bits_anywhere_are_called_damage(
+    plain: bytes, voxels: np.ndarray, tmp_path: Path
+) -> None:
+    stream = packed(plain)
+    path = tmp_path / "x.nii.gz"
+    for at in range(10, len(stream), 97):
+        path.write_bytes(flipped(stream, at))
+        found = codes(path)
+        assert found <= {"E_IO_CORRUPT", "E_IO_TRUNCATED"}, (at, found)
+        assert found, at
+
+
 def test_bomb_is_refused_before_memory_is_taken(plain: bytes, save: Callable[..., Path]) -> None:
     # 1.5e9 voxels pass the limit on voxels, but no gzip file of this size can hold them.
     path = save(patch(plain, "dim", 3, 1500, 1000, 1000, 1, 1, 1, 1))

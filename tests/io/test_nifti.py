@@ -320,7 +320,7 @@ def test_other_format_can_be_written(
 
 
 @settings(
-    max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_spoiled_headers_are_refused_or_read_never_crash(
@@ -355,7 +355,7 @@ def test_spoiled_headers_are_refused_or_read_never_crash(
 
 
 @settings(
-    max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_spoiled_streams_never_pass_in_silence(
