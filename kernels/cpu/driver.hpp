@@ -17,6 +17,6 @@ void run_backward(const Problem& problem, int threads, const std::string& instru
 
 // Floats of the saved states: (batch, tiles, blocks, padded state, lanes).
 std::vector<int64_t> states_shape(int64_t batch, int64_t length, int64_t channels, int64_t groups,
-                                  int64_t state);
+                                  int64_t state, int64_t segment);
 
 }  // namespace medmamba

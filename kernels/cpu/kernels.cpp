@@ -25,13 +25,13 @@ Block block_at(const Problem& p, int64_t number) {
   return {group * p.channels_per_group() + inside, int(left < kLanes ? left : kLanes), group};
 }
 
-int64_t first_position(int64_t tile) { return tile * kTile; }
+int64_t first_position(const Problem& p, int64_t tile) { return tile * p.tile(); }
 
 Tokens tokens_of(const Problem& p, int64_t tile) {
   Tokens tokens;
-  const int64_t first = first_position(tile);
+  const int64_t first = first_position(p, tile);
   const int64_t left = p.length - first;
-  tokens.count = left < 0 ? 0 : int(left < kTile ? left : kTile);
+  tokens.count = left < 0 ? 0 : int(left < p.tile() ? left : p.tile());
   for (int t = 0; t < tokens.count; ++t) {
     const int64_t position = p.reverse ? p.length - 1 - (first + t) : first + t;
     tokens.token[t] = p.order ? int64_t(p.order[position]) : position;
@@ -127,11 +127,32 @@ MEDMAMBA_INLINE Vec decay_of(Vec dt, Vec rate, const Exp2Table& table) {
 struct ForwardTile {
   float *dt, *x, *y;     // [token][lane]
   const float *B, *C;    // [token][padded state]
+  float* decay;          // [token of a segment][state], where there are segments
   int padded_state;
+  int segment;
 };
 
+// One segment of the local-bidirectional mode: the recurrence backwards from zero, each token's own input left out.
+template <int kStates>
+MEDMAMBA_INLINE void add_local_states(const ForwardTile& tile, int from, int to) {
+  Vec e[kStates] = {};  // state of the token behind, its own input included
+  for (int t = to - 1; t >= from; --t) {
+    const Vec x = load(tile.x + t * kLanes);
+    const float* B = tile.B + t * tile.padded_state;
+    const float* C = tile.C + t * tile.padded_state;
+    const float* decay = tile.decay + (t - from) * kStates * kWidth;
+    Vec y[2] = {load(tile.y + t * kLanes), Vec{}};
+    MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
+      const Vec local = load(decay + n * kWidth) * e[n];
+      y[n % 2] += local * C[n];
+      e[n] = local + x * B[n];
+    }
+    store(tile.y + t * kLanes, y[0] + y[1]);
+  }
+}
+
 // kStates states of one vector of channels over the tokens [from, to), adding to y.
-template <int kStates, bool kOrdinary>
+template <int kStates, bool kOrdinary, bool kLocal>
 void scan_states(const ForwardTile& tile, int from, int to, const float* rates, float* state) {
   const Exp2Table table = exp2_table();
   Vec h[kStates], A[kStates];
@@ -139,6 +160,7 @@ void scan_states(const ForwardTile& tile, int from, int to, const float* rates, 
     h[n] = load(state + n * kLanes);
     A[n] = load(rates + n * kLanes);
   }
+  int segment_start = from;
   for (int t = from; t < to; ++t) {
     const Vec dt = load(tile.dt + t * kLanes), x = load(tile.x + t * kLanes);
     const float* B = tile.B + t * tile.padded_state;
@@ -146,12 +168,26 @@ void scan_states(const ForwardTile& tile, int from, int to, const float* rates, 
     Vec y[2] = {load(tile.y + t * kLanes), Vec{}};
     MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec decay = decay_of<kOrdinary>(dt, A[n], table);
+      if (kLocal) store(tile.decay + ((t - segment_start) * kStates + n) * kWidth, decay);
       h[n] = decay * h[n] + x * B[n];
       y[n % 2] += h[n] * C[n];
     }
     store(tile.y + t * kLanes, y[0] + y[1]);
+    if (kLocal && (t + 1 == to || t + 1 - segment_start == tile.segment)) {
+      add_local_states<kStates>(tile, segment_start, t + 1);
+      segment_start = t + 1;
+    }
   }
   MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) store(state + n * kLanes, h[n]);
+}
+
+template <int kStates, bool kOrdinary>
+void scan(const ForwardTile& tile, int from, int to, const float* rates, float* state) {
+  if (tile.segment > 0) {
+    scan_states<kStates, kOrdinary, true>(tile, from, to, rates, state);
+  } else {
+    scan_states<kStates, kOrdinary, false>(tile, from, to, rates, state);
+  }
 }
 
 template <bool kOrdinary>
@@ -167,13 +203,13 @@ void scan_range(const ForwardTile& tile, int from, int to, const float* rates, f
       part.B = tile.B + n;
       part.C = tile.C + n;
       const int at = n * kLanes + v * kWidth;
-      scan_states<kMost, kOrdinary>(part, from, to, rates + at, state + at);
+      scan<kMost, kOrdinary>(part, from, to, rates + at, state + at);
     }
     for (; n < tile.padded_state; n += kStatePadding) {
       part.B = tile.B + n;
       part.C = tile.C + n;
       const int at = n * kLanes + v * kWidth;
-      scan_states<kStatePadding, kOrdinary>(part, from, to, rates + at, state + at);
+      scan<kStatePadding, kOrdinary>(part, from, to, rates + at, state + at);
     }
   }
 }
@@ -210,7 +246,8 @@ void close_tile(const Problem& p, const Item& item, const Block& block, const To
 }
 
 int64_t forward_scratch(const Problem& p) {
-  return 3 * kTileFloats + 2 * kTile * p.padded_state() + kMaxBlocks * 2 * p.state_floats();
+  return 3 * kTileFloats + 2 * kTile * p.padded_state() + kMaxBlocks * 2 * p.state_floats() +
+         p.segment * kLanes * kLanes;
 }
 
 void forward(const Problem& p, const Item& item, float* scratch) {
@@ -224,7 +261,9 @@ void forward(const Problem& p, const Item& item, float* scratch) {
   float* rates = states + kMaxBlocks * p.state_floats();
   tile.B = B;
   tile.C = C;
+  tile.decay = rates + kMaxBlocks * p.state_floats();
   tile.padded_state = int(p.padded_state());
+  tile.segment = int(p.segment);
   float fastest[kMaxBlocks];
   const int64_t group = block_at(p, item.block).group;
   for (int i = 0; i < item.blocks; ++i) {
@@ -238,7 +277,7 @@ void forward(const Problem& p, const Item& item, float* scratch) {
   for (int64_t number = 0; number < p.tiles(); ++number) {
     const Tokens tokens = next;
     next = tokens_of(p, number + 1);
-    const int64_t first = first_position(number);
+    const int64_t first = first_position(p, number);
     load_projection(p.B, item.batch, group, p, tokens, B);
     load_projection(p.C, item.batch, group, p, tokens, C);
     for (int i = 0; i < item.blocks; ++i) {
@@ -286,9 +325,11 @@ struct BackwardTile {
   float *by_input, *by_rate; // sum_n B g and sum_n A q
   float *y;                  // y without the skip term, where a gate needs it
   float *decay, *carried;    // [token][vector][state]: exp(dt A), and exp(dt A) h_{t-1}
+  float* local;              // the same for the local state of a segment
   const float *B, *C;        // [token][padded state]
   float *grad_B, *grad_C;    // [token][padded state]
   int padded_state;
+  int segment;
   bool gated;
 };
 
@@ -376,6 +417,75 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int first, 
   }
 }
 
+// The local states of whole segments, last to first, and what they add to dC.
+template <int kCount>
+void recompute_local(const BackwardTile& tile, int first, int count, int n0) {
+  constexpr int S = kBackwardStates;
+  Vec e[kCount][S] = {};
+  for (int t = count - 1; t >= 0; --t) {
+    const float* B = tile.B + t * tile.padded_state + n0;
+    const float* C = tile.C + t * tile.padded_state + n0;
+    const bool ends = (t + 1) % tile.segment == 0;
+    Vec grad_C[S] = {};
+    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+      const int64_t row = row_at(first + i) + t * kLanes;
+      const Vec x = load(tile.x + row), dy = load(tile.dy + row);
+      const float* decays = tile.decay + (t * kCount + i) * S * kWidth;
+      float* locals = tile.local + (t * kCount + i) * S * kWidth;
+      Vec y = Vec{};
+      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+        const Vec local = ends ? Vec{} : load(decays + n * kWidth) * e[i][n];
+        store(locals + n * kWidth, local);
+        e[i][n] = local + x * B[n];
+        grad_C[n] += dy * local;
+        if (tile.gated) y += C[n] * local;
+      }
+      if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
+    }
+    add_lane_sums(grad_C, tile.grad_C + t * tile.padded_state + n0, true);
+  }
+}
+
+// Adjoint of the local states, first to last: C dy plus what the token before hands on.
+template <int kCount>
+void walk_local(const BackwardTile& tile, const StateGroup& g, int first, int count, int n0) {
+  constexpr int S = kBackwardStates;
+  Vec handed[kCount][S] = {}, dA[kCount][S] = {};
+  for (int t = 0; t < count; ++t) {
+    const float* B = tile.B + t * tile.padded_state + n0;
+    const float* C = tile.C + t * tile.padded_state + n0;
+    const bool starts = t % tile.segment == 0;
+    Vec grad_B[S] = {};
+    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+      const int64_t row = row_at(first + i) + t * kLanes;
+      const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
+      const float* decays = tile.decay + (t * kCount + i) * S * kWidth;
+      const float* locals = tile.local + (t * kCount + i) * S * kWidth;
+      const float* A = g.rates + state_at(g, first + i);
+      Vec by_input = load(tile.by_input + row), by_rate = load(tile.by_rate + row);
+      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+        const Vec input = starts ? Vec{} : handed[i][n];
+        const Vec adjoint = C[n] * dy + input;
+        const Vec q = adjoint * load(locals + n * kWidth);
+        handed[i][n] = adjoint * load(decays + n * kWidth);
+        by_input += B[n] * input;
+        by_rate += load(A + n * kLanes) * q;
+        dA[i][n] += dt * q;
+        grad_B[n] += x * input;
+      }
+      store(tile.by_input + row, by_input);
+      store(tile.by_rate + row, by_rate);
+    }
+    add_lane_sums(grad_B, tile.grad_B + t * tile.padded_state + n0, g.accumulate);
+  }
+  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+      float* to = g.grad_A + state_at(g, first + i) + n * kLanes;
+      store(to, load(to) + dA[i][n]);
+    }
+  }
+}
+
 template <int kCount>
 void walk_back(const BackwardTile& tile, const StateGroup& g, int first, int from, int to, int n0) {
   constexpr int S = kBackwardStates;
@@ -409,7 +519,8 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int first, int fro
       store(tile.by_input + row, by_input);
       store(tile.by_rate + row, by_rate);
     }
-    add_lane_sums(grad_B, tile.grad_B + t * tile.padded_state + n0, g.accumulate);
+    add_lane_sums(grad_B, tile.grad_B + t * tile.padded_state + n0,
+                  g.accumulate || tile.segment > 0);
   }
   MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
     MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
@@ -438,6 +549,10 @@ void backward_states(const Problem& p, const BackwardTile& tile, const StateGrou
     }
     if (to < count) std::memset(h, 0, sizeof(h));
     t = to;
+  }
+  if (tile.segment > 0) {
+    recompute_local<kCount>(tile, first, count, n0);
+    walk_local<kCount>(tile, g, first, count, n0);
   }
   for (int to = count; to > 0;) {
     int from = 0;  // the last reset before `to`
@@ -562,7 +677,7 @@ void close_backward(const Problem& p, const Item& item, const Block& block, cons
 
 int64_t backward_scratch(const Problem& p) {
   const int64_t group = int64_t(kTile) * kMaxBlocks * kLanes * kBackwardStates;
-  return (6 * kMaxBlocks + 2) * kTileFloats + 2 * group + 2 * kTile * p.padded_state() +
+  return (6 * kMaxBlocks + 2) * kTileFloats + 3 * group + 2 * kTile * p.padded_state() +
          kMaxBlocks * p.state_floats();
 }
 
@@ -581,7 +696,8 @@ void backward_tile(const Problem& p, const Item& item, int64_t number, int first
   float* more_rows = rows + kTileFloats;
   tile.decay = more_rows + kTileFloats;
   tile.carried = tile.decay + group_floats;
-  float* B = tile.carried + group_floats;
+  tile.local = tile.carried + group_floats;
+  float* B = tile.local + group_floats;
   float* C = B + kTile * p.padded_state();
   float* rates = C + kTile * p.padded_state();
   tile.B = B;
@@ -589,6 +705,7 @@ void backward_tile(const Problem& p, const Item& item, int64_t number, int first
   tile.padded_state = int(p.padded_state());
   tile.grad_B = carry.grad_B + first_row * p.padded_state();
   tile.grad_C = carry.grad_C + first_row * p.padded_state();
+  tile.segment = int(p.segment);
   tile.gated = p.gate.data != nullptr && p.grad_gate.data != nullptr;
   const int64_t group = block_at(p, item.block).group;
   load_projection(p.B, item.batch, group, p, tokens, B);
@@ -609,7 +726,7 @@ void backward_tile(const Problem& p, const Item& item, int64_t number, int first
     g.adjoint = carry.adjoint + n * kLanes;
     g.grad_A = carry.grad_A + n * kLanes;
     g.block_pitch = p.state_floats();
-    backward_vectors(p, tile, g, item.blocks * kVectors, n, first_position(number), tokens.count,
+    backward_vectors(p, tile, g, item.blocks * kVectors, n, first_position(p, number), tokens.count,
                      ordinary);
   }
   for (int i = 0; i < item.blocks; ++i) {

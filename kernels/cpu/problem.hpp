@@ -45,7 +45,9 @@ struct Problem {
   float* grad_delta_bias;    // (channels)
   float* grad_h0;            // (batch, channels, state)
 
-  int64_t tiles() const { return (length + kTile - 1) / kTile; }
+  // Tokens of a tile: whole segments only. A segment is at most kTile long.
+  int64_t tile() const { return segment > 0 ? kTile / segment * segment : kTile; }
+  int64_t tiles() const { return (length + tile() - 1) / tile(); }
   int64_t channels_per_group() const { return channels / groups; }
   int64_t blocks_per_group() const { return (channels_per_group() + kLanes - 1) / kLanes; }
   int64_t blocks() const { return groups * blocks_per_group(); }

@@ -79,17 +79,18 @@ MEDMAMBA_INLINE Vec exp2_product(Vec step, Vec rate, const Exp2Table& table) {
 struct Exp2Table {};
 MEDMAMBA_INLINE Exp2Table exp2_table() { return {}; }
 
-// Degree-5 polynomial with constant term exactly 1 on [-1/2, 1/2], relative error 9e-8: a decay with a bias above
-// 1 would grow over hundreds of thousands of steps.
+// Degree-6 polynomial with constant term exactly 1 on [-1/2, 1/2], relative error 2e-9 before rounding: a decay
+// with a bias above 1 would grow over hundreds of thousands of steps.
 MEDMAMBA_INLINE Vec exp2_product(Vec step, Vec rate, const Exp2Table&) {
   const Vec product = step * rate;
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to integers
   const Vec rounded = product + magic;
   const Vec rest = product - (rounded - magic);
-  Vec value = rest * 1.326472668e-3f + 9.671512677e-3f;
-  value = value * rest + 5.550733745e-2f;
-  value = value * rest + 2.402224208e-1f;
-  value = value * rest + 6.931469776e-1f;
+  Vec value = rest * 1.535336188e-4f + 1.339887442e-3f;
+  value = value * rest + 9.618437358e-3f;
+  value = value * rest + 5.550332471e-2f;
+  value = value * rest + 2.402264791e-1f;
+  value = value * rest + 6.931472029e-1f;
   value = value * rest + 1.0f;
   return as_float(as_int(value) + (as_int(rounded) << 23));
 }

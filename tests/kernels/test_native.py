@@ -73,6 +73,28 @@ def test_agrees_for_orders(
     assert_agrees(native, arguments)
 
 
+@pytest.mark.parametrize("segment", [1, 3, 16, 24, 64])
+@pytest.mark.parametrize("channels", [5, 64])
+@pytest.mark.parametrize("gated", [False, True])
+def test_agrees_for_local_segments(
+    instruction_set: str, segment: int, channels: int, gated: bool
+) -> None:
+    sizes = Sizes(length=150, channels=channels, state=20)
+    assert_agrees(native, make_arguments(sizes, bare=not gated, segment=segment))
+
+
+def test_agrees_for_segments_with_order_and_resets(instruction_set: str) -> None:
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1)).int()
+    options = {"order": order, "reverse": True, "segment": 8, "reset_every": 48}
+    assert_agrees(native, make_arguments(Sizes(length=150), **options))
+
+
+def test_leaves_longer_segments_to_others() -> None:
+    reason = native.refusal(make_arguments(Sizes(), segment=65))
+    assert reason is not None
+    assert "at most 64" in reason
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_agrees_with_channels_first_views(instruction_set: str, dtype: torch.dtype) -> None:
     arguments = make_arguments(Sizes(channels=37, length=130, dtype=dtype))
