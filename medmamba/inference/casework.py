@@ -36,7 +36,7 @@ from medmamba.inference.records import (
     still_holds,
     work_key,
 )
-from medmamba.io import FORMATS, SourceHeader, write_labels
+from medmamba.io import DEFAULT_GATE, FORMATS, Gate, SourceHeader, write_labels
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
 from medmamba.volume import Volume
@@ -120,12 +120,14 @@ class CaseWork:
         model: ModelIdentity,
         run: Run,
         overwrite: str,
+        gate: Gate = DEFAULT_GATE,
     ) -> None:
         self._folder = folder
         self._predictor = predictor
         self._model = model
         self._run = run
         self._overwrite = overwrite
+        self._gate = gate
         self._parameters = predictor.parameters()
 
     def read(self, case: Case) -> Job:
@@ -137,7 +139,9 @@ class CaseWork:
             job.record = self._kept(case, job.key)
             if job.record is None:
                 with job.watch.time("read"):
-                    image, _, job.header = load_case(case, channels=self._predictor.channels)
+                    image, _, job.header = load_case(
+                        case, channels=self._predictor.channels, gate=self._gate
+                    )
                 with job.watch.time("preprocess"):
                     job.prepared = self._predictor.prepare(image)
         return job

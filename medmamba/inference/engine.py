@@ -20,6 +20,7 @@ from medmamba.inference.casework import CasePredictor, CaseWork, Job
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
 from medmamba.inference.journal import Run, sweep_temporary_files
 from medmamba.inference.records import CommitRecord, ModelIdentity
+from medmamba.io import DEFAULT_GATE, Gate
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def predict_cases(
     max_failures: int | None = None,
     grace_s: float = DEFAULT_GRACE_S,
     prefetch_bytes: int = PREFETCH_BYTES,
+    gate: Gate = DEFAULT_GATE,
     on_case: OnCase | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, and a summary of the run.
@@ -90,6 +92,7 @@ def predict_cases(
         max_failures: stop after so many cases without a mask.
         grace_s: a case that will be done within this time after a signal is finished.
         prefetch_bytes: memory up to which the next case is read ahead.
+        gate: limits and permissions of reading.
         on_case: progress.
 
     Raises:
@@ -103,7 +106,7 @@ def predict_cases(
     run = Run(folder)
     total = len(cases) + len(rejected)
     run.log("started", cases=total, rejected=len(rejected), parameters=predictor.parameters())
-    work = CaseWork(folder, predictor, model=model, run=run, overwrite=overwrite)
+    work = CaseWork(folder, predictor, model=model, run=run, overwrite=overwrite, gate=gate)
     with drain_on_signals(grace_s) as drain:
         batch = _Batch(
             work,

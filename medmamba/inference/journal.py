@@ -4,6 +4,7 @@ The journal is a log and never the truth: one line per event, each with the hash
 so that later edits show. Commit records are the truth.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,7 +93,9 @@ class Run:
         """Move a mask that no record vouches for into the run's folder, as evidence."""
         target = self.folder / "superseded" / path.name
         target.parent.mkdir(exist_ok=True)
-        path.replace(target)
+        # Another run in the same folder may have been faster.
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(target)
 
     def finish(
         self, records: Sequence[CommitRecord], *, context: Mapping[str, Any], exit_code: int

@@ -22,7 +22,7 @@ TileProgress = Callable[[int, int], None]
 
 CPU_BATCH_VOXELS = 2**16
 """Voxels a CPU processes at once: activations of larger batches leave its caches. Measured with
-plain_unet and lightm_unet_s, 3D patches of 90 000 voxels and slices of 3 000."""
+plain_unet and lightm_unet_s on 3D patches of 90 000 voxels, plain_unet on slices of 3 000."""
 
 CUDA_LIVE_FEATURE_MAPS = 12
 """Copies of the widest feature map that a forward pass holds at once, workspace included."""

@@ -412,3 +412,106 @@ def test_a_case_that_would_outlast_the_grace_period_is_abandoned(tmp_path: Path)
     assert run.exit_code == 143
     assert run.records == ()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_engine import MODEL, ThresholdPredictor
+import medmamba.inference.casework as casework
+from medmamba.dataset import find_cases
+from medmamba.inference.engine import predict_cases
+from pathlib import Path
+
+calls = {{"n": 0}}
+
+def deadly(name):
+    original = getattr(casework, name)
+    def killer(*arguments, **options):
+        calls["n"] += 1
+        if calls["n"] == {at}:
+            if {after}:
+                original(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    setattr(casework, name, killer)
+
+deadly({name!r})
+cases = find_cases(Path({source!r}), channels=1).cases
+predict_cases(cases, Path({out!r}), ThresholdPredictor(), model=MODEL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [("write_labels", False), ("write_labels", True), ("write_atomic", True)]
+)
+def test_a_killed_run_is_completed_to_the_same_bytes(
+    tmp_path: Path, name: str, after: bool
+) -> None:
+    cases = [image(tmp_path / "in", case, seed=i) for i, case in enumerate("abc")]
+    predict_cases(cases, tmp_path / "whole", ThresholdPredictor(), model=MODEL)
+    program = KILLED.format(
+        tests=str(Path(__file__).parent),
+        at=2,
+        after=after,
+        name=name,
+        source=str(tmp_path / "in"),
+        out=str(tmp_path / "out"),
+    )
+    killed = subprocess.run([sys.executable, "-c", program], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    for path in (tmp_path / "out").glob("*.json"):
+        record = read_record(path)
+        assert record is not None, "a record is whole or absent"
+        assert (tmp_path / "out" / f"{path.stem}.nii.gz").exists(), "a record follows its mask"
+    predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_mask_that_cannot_be_written_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medmamba.inference import casework
+
+    real = casework.write_labels
+
+    def full(path: Path, *rest: Any, **options: Any) -> None:
+        if path.name.startswith("b"):
+            raise EnvironmentFault("disk full", code="E_IO_WRITE")
+        real(path, *rest, **options)
+
+    monkeypatch.setattr(casework, "write_labels", full)
+    cases = [image(tmp_path / "in", name, seed=i) for i, name in enumerate("abc")]
+    run = predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
+    assert [record.status for record in run.records] == ["ok", "failed", "ok"]
+    assert run.records[1].error is not None
+    assert run.records[1].error.code == "E_IO_WRITE"
+
+
+def test_a_record_that_cannot_be_written_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medmamba.inference import casework
+
+    def full(path: Path, content: str) -> None:
+        raise EnvironmentFault("disk full", code="E_IO_WRITE")
+
+    monkeypatch.setattr(casework, "write_atomic", full)
+    cases = [image(tmp_path / "in", name, seed=i) for i, name in enumerate("abc")]
+    with pytest.raises(EnvironmentFault, match="disk full"):
+        predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
+    assert not list((tmp_path / "out").glob("*.json"))
+    assert not list((tmp_path / "out").glob("run/*/running"))
+
+
+def test_pictures_are_answered_with_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    grey = np.random.default_rng(0).integers(1, 200, (9, 7)).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "in" / "photo.png")
+    cases = [Case(id="photo", images=(tmp_path / "in" / "photo.png",))]
+    run = predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
+    assert run.exit_code == 0
+    with Image.open(tmp_path / "out" / "photo.png") as mask:
+        np.testing.assert_array_equal(np.asarray(mask), (grey > 50).astype(int) + (grey > 100))
