@@ -14,7 +14,8 @@ from medmamba.dataset.splits import (
     split_for_fold,
     write_splits,
 )
-from medmamba.dataset.verification import orientation_code, verify
+from medmamba.dataset.verification import verify
+from medmamba.io import orientation_code
 
 __all__ = [
     "Case",

@@ -16,6 +16,7 @@ from medmamba.io import (
     judge_image,
     read_image,
     read_labels,
+    turn,
 )
 from medmamba.labels import LabelMap
 from medmamba.volume import Geometry, Volume
@@ -95,6 +96,7 @@ def load_case(
     *,
     channels: int | None = None,
     gate: Gate | None = None,
+    orientation: str | None = None,
     allow_geometry_mismatch: bool = False,
 ) -> tuple[Volume, Volume | None, SourceHeader]:
     """Read image (C, D, H, W), labels (1, D, H, W) if there are any, and the first file's header.
@@ -103,6 +105,8 @@ def load_case(
         case: what to read.
         channels: channels the image must have, None for any.
         gate: limits of reading; files with labels are read with the training gate by default.
+        orientation: turn the axes to point this way, such as ``RAS``; as stored when None.
+            ``write_labels`` turns labels back.
         allow_geometry_mismatch: accept files whose grids agree in shape only.
 
     Raises:
@@ -117,6 +121,8 @@ def load_case(
     _require_channels(case, image, channels)
     header = _judge_values(case, image, header, training=training)
     if case.labels is None:
+        if orientation is not None:
+            image, header = turn(image, header, orientation)
         return image, None, header
     labels, _ = read_labels(case.labels, gate=chosen)
     problem = grid_difference(
@@ -130,6 +136,9 @@ def load_case(
             "Resample the labels onto the image or remove the case.",
             code="E_LABEL_GRID",
         )
+    if orientation is not None:
+        labels, _ = turn(labels, header, orientation)
+        image, header = turn(image, header, orientation)
     return image, labels, header
 
 

@@ -31,6 +31,7 @@ from medmamba.io import (
     TRAINING_GATE,
     SourceHeader,
     judge_image,
+    orientation_code,
     read_image,
     read_labels,
 )
@@ -315,19 +316,6 @@ def _split_problems(dataset: Dataset) -> Iterator[Problem]:
             message = f"splits_final.json: fold {fold} names {len(unknown)} cases that are not "
             message += f"there: {_shown(unknown)}."
             yield make_problem(None, "E_SPLIT_CASES", message)
-
-
-def orientation_code(geometry: Geometry) -> str:
-    """Where the stored axes (x, y, z) point: one letter each of R/L, A/P, S/I."""
-    letters = ("RL", "AP", "SI")
-    columns = geometry.matrix[:3, :3] / np.array(geometry.spacing_mm)
-    # Each world direction goes to one axis only, the best aligned first.
-    free, code = {0, 1, 2}, {}
-    for axis in sorted(range(3), key=lambda index: -float(np.abs(columns[:, index]).max())):
-        row = max(free, key=lambda index: abs(float(columns[index, axis])))
-        free.discard(row)
-        code[axis] = letters[row][0 if columns[row, axis] > 0 else 1]
-    return "".join(code[axis] for axis in (2, 1, 0))
 
 
 def _orientations(records: list[_CaseRecord]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from medmamba.io.header import (
     ItkFields,
     SourceHeader,
 )
+from medmamba.io.orient import orientation_code, turn, turn_back, turned_geometry
 from medmamba.io.straighten import labels_on_source, straighten
 from medmamba.io.values import as_image, as_labels, judge_image
 from medmamba.volume import Geometry, Volume, VolumeKind
@@ -37,11 +38,14 @@ __all__ = [
     "SourceHeader",
     "check_file",
     "judge_image",
+    "orientation_code",
     "read_geometry",
     "read_header",
     "read_image",
     "read_labels",
     "suffix_of",
+    "turn",
+    "working_geometry",
     "write_image",
     "write_labels",
 ]
@@ -177,6 +181,16 @@ def write_labels(
     module.write(path, stored, source, label_text=text)
 
 
+def working_geometry(header: SourceHeader) -> Geometry:
+    """The grid on which an image was handed over, and on which its labels are expected back.
+
+    It is the file's own grid unless the image was straightened or turned.
+    """
+    return turned_geometry(
+        header.straightened or header.geometry, header.axis_order, header.axis_flips
+    )
+
+
 def write_image(path: Path | str, values: NDArray[Any], geometry: Geometry) -> None:
     """Write one channel (D, H, W) in its own number type, atomically and byte-reproducibly.
 
@@ -202,7 +216,7 @@ def write_image(path: Path | str, values: NDArray[Any], geometry: Geometry) -> N
 
 
 def _as_stored_labels(labels: NDArray[Any], source: SourceHeader) -> NDArray[np.integer[Any]]:
-    grid = source.working_geometry
+    grid = working_geometry(source)
     if tuple(labels.shape) != grid.shape:
         raise GeometryError(
             f"labels of shape {tuple(labels.shape)} do not fit the image's grid "
@@ -215,6 +229,7 @@ def _as_stored_labels(labels: NDArray[Any], source: SourceHeader) -> NDArray[np.
         raise GeometryError(f"label values reach from {low} to {high}; 0 to 65535 can be stored.")
     stored: NDArray[np.integer[Any]]
     stored = np.ascontiguousarray(labels, dtype=np.uint8 if high <= 255 else np.uint16)
+    stored = np.ascontiguousarray(turn_back(stored, source))
     if source.straightened is not None:
         stored = labels_on_source(stored, source.straightened, source.geometry)
     return stored

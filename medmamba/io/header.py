@@ -92,6 +92,8 @@ class SourceHeader:
             that transforms, codes and units are written back bit for bit; empty for other formats.
         itk: geometry in ITK's terms for its formats.
         straightened: right-angled grid that the image was resampled to, for tilted files only.
+        axis_order: for each axis of the turned image, the axis (D, H, W) of the file it came from.
+        axis_flips: which axes of the turned image run backwards.
         warnings: what was noticed, as ``CODE: text``.
     """
 
@@ -106,12 +108,9 @@ class SourceHeader:
     nifti_header: str = ""
     itk: ItkFields | None = None
     straightened: Geometry | None = None
+    axis_order: tuple[int, ...] = (0, 1, 2)
+    axis_flips: tuple[bool, ...] = (False, False, False)
     warnings: tuple[str, ...] = ()
-
-    @property
-    def working_geometry(self) -> Geometry:
-        """The grid on which the image was handed over and labels are expected back."""
-        return self.straightened or self.geometry
 
     @property
     def warning_codes(self) -> tuple[str, ...]:
