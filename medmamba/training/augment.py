@@ -85,12 +85,17 @@ def _blur(data: Tensor, sigmas: Sequence[tuple[float, ...] | None]) -> Tensor:
         if sigma is None:
             channels.append(channel[None])
             continue
-        kernels = [gaussian_1d(torch.tensor(s), truncated=4.0).to(data) for s in sigma]
+        kernels = [_gaussian(s).to(data) for s in sigma]
         # Reflection instead of MONAI's default zeros, which would darken the patch's faces.
         short = any(len(k) // 2 >= n for k, n in zip(kernels, channel.shape, strict=True))
         mode = "replicate" if short else "reflect"
         channels.append(separable_filtering(channel[None, None], kernels, mode=mode)[0])
     return torch.cat(channels)
+
+
+def _gaussian(sigma: float) -> Tensor:
+    # Sampled like nnU-Net's; MONAI's default integrates over voxels, which blurs more.
+    return gaussian_1d(torch.tensor(sigma), truncated=4.0, approx="sampled", normalize=True)
 
 
 def _contrast(data: Tensor, factors: Sequence[float]) -> Tensor:
