@@ -38,6 +38,7 @@ __all__ = [
     "SourceHeader",
     "check_file",
     "judge_image",
+    "labels_on_file_grid",
     "orientation_code",
     "read_geometry",
     "read_header",
@@ -229,7 +230,17 @@ def _as_stored_labels(labels: NDArray[Any], source: SourceHeader) -> NDArray[np.
         raise GeometryError(f"label values reach from {low} to {high}; 0 to 65535 can be stored.")
     stored: NDArray[np.integer[Any]]
     stored = np.ascontiguousarray(labels, dtype=np.uint8 if high <= 255 else np.uint16)
-    stored = np.ascontiguousarray(turn_back(stored, source))
+    return labels_on_file_grid(stored, source)
+
+
+def labels_on_file_grid(
+    labels: NDArray[np.integer[Any]], source: SourceHeader
+) -> NDArray[np.integer[Any]]:
+    """Carry labels (D, H, W) from the working grid to the file's own, as ``write_labels`` does.
+
+    A copy only where the image was straightened or turned.
+    """
+    stored = np.ascontiguousarray(turn_back(labels, source))
     if source.straightened is not None:
         stored = labels_on_source(stored, source.straightened, source.geometry)
     return stored

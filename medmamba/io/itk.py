@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def _require_directions(direction: Matrix, spacing: list[float], name: str) -> N
 
 
 def _unreadable(path: Path, problem: RuntimeError) -> InputError:
-    reason = str(problem).strip().splitlines()[-1].strip()
+    # Folders may name people, so they stay out of messages.
+    text = str(problem).replace(f"{path.parent}{os.sep}", "")
+    reason = text.strip().splitlines()[-1].strip()
     short = "but received" in reason or "got only" in reason or "not read completely" in reason
     return InputError(
         f"{path.name}: cannot be read ({reason[:160]}). Copy or convert it again.",

@@ -49,9 +49,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 def _open_error(path: Path, problem: OSError) -> InputError:
     if isinstance(problem, FileNotFoundError):
-        return InputError(
-            f"{path.name}: does not exist. Check the path, {path.parent}.", code="E_IO_MISSING"
-        )
+        return InputError(f"{path.name}: does not exist. Check the path.", code="E_IO_MISSING")
     if isinstance(problem, PermissionError):
         return InputError(
             f"{path.name}: may not be read. Change its permissions.", code="E_IO_PERMISSION"

@@ -70,6 +70,7 @@ def test_damaged_itk_files(
     path.write_bytes(spoiled)
     findings = io.check_file(path)
     assert [finding.code for finding in findings] == [expected]
+    assert str(tmp_path) not in findings[0].message
     assert "\n" not in findings[0].message
 
 

@@ -56,6 +56,8 @@ def test_labels_return_to_the_tilted_grid(tangent: float, axis: int, tmp_path: P
     io.write_labels(tmp_path / "out.nii.gz", labels, header)
     written = nibabel.load(tmp_path / "out.nii.gz")
     assert np.array_equal(written.header.get_sform(), nibabel.load(tmp_path / "in.nii.gz").affine)
+    carried = io.labels_on_file_grid(labels, header)
+    assert np.array_equal(carried, np.asarray(written.dataobj).T)
     expected = values > 100
     found = np.asarray(written.dataobj) > 0
     dice = 2 * np.sum(expected & found) / (expected.sum() + found.sum())
