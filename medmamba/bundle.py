@@ -2,13 +2,12 @@
 
 ::
 
-    model/  manifest.json  plan.json  weights/fold_<k>.safetensors  SHA256SUMS
+    model/  manifest.json  plan.json  weights/fold_<k>.safetensors  reference.json  SHA256SUMS
 
 Nothing in it is code, nothing is unpickled, and every byte that is used is hashed first. Reading
 the manifest does not import torch; building networks does.
 """
 
-import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmamba import __version__
+from medmamba.acceptance import (
+    Acceptance,
+    ReferenceCase,
+    make_reference_case,
+    repeat_reference_case,
+)
 from medmamba.errors import BundleError, EnvironmentFault, SecurityError
 from medmamba.evaluation.palette import label_colors
 from medmamba.files import (
@@ -29,6 +34,7 @@ from medmamba.files import (
     to_json,
     write_atomic,
 )
+from medmamba.networks.tensor_file import check_tensor_file, header_length
 from medmamba.plans.nnunet_schema import load_plan, save_plan
 from medmamba.plans.plan import ConfigurationPlan, Plan
 
@@ -40,14 +46,11 @@ MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"
 WEIGHTS_FOLDER = "weights"
 SUMS_FILE = "SHA256SUMS"
+REFERENCE_FILE = "reference.json"
 MODEL_FOLDER = "model"
 """Where a training run keeps its bundle."""
 
 INTENDED_USE = "Research use only. Not a medical device."
-MAX_HEADER_BYTES = 64 * 2**20
-"""Largest safetensors header that is parsed; those of real networks are far below 1 MiB."""
-
-TENSOR_TYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
 UNSAFE_SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 
 
@@ -155,6 +158,7 @@ def save_bundle(
     training: Mapping[str, Any] | None = None,
     scores: Mapping[str, Any] | None = None,
     licence: str = "not stated",
+    reference_case: bool = True,
 ) -> Bundle:
     """Write a bundle so that ``folder`` is either the old one or the whole new one.
 
@@ -169,8 +173,10 @@ def save_bundle(
         training: JSON values that say how the weights came to be.
         scores: JSON values.
         licence: of the weights.
+        reference_case: predict a synthetic case, so that ``verify_bundle`` can repeat it.
 
     Raises:
+        BundleError: weights do not fit the plan.
         EnvironmentFault: the place cannot be written.
     """
     names = [str(fold) for fold in (folds if folds is not None else range(len(weights)))]
@@ -198,6 +204,9 @@ def save_bundle(
         )
         save_plan(scratch / PLAN_FILE, plan)
         write_atomic(scratch / MANIFEST_FILE, to_json(manifest))
+        if reference_case:
+            case = _make_reference(plan, configuration, weights)
+            write_atomic(scratch / REFERENCE_FILE, to_json(case))
         _write_sums(scratch)
         _move_into_place(scratch, folder)
     finally:
@@ -260,6 +269,7 @@ def load_bundle(path: Path, *, folds: Sequence[int | str] | None = None) -> Bund
     folder = find_bundle(path)
     manifest = _chosen_folds(read_manifest(folder), folder, folds)
     used = [MANIFEST_FILE, manifest.plan, *(entry.file for entry in manifest.weights)]
+    used += [REFERENCE_FILE] if (folder / REFERENCE_FILE).exists() else []
     for name in used:
         _require_file(folder, name)
     for entry in manifest.weights:
@@ -278,43 +288,46 @@ def load_networks(bundle: Bundle) -> "list[nn.Module]":
     Raises:
         BundleError: tensors are missing, unexpected, misshapen or not finite; names them.
     """
-    from medmamba.networks import build_network
-    from medmamba.networks.weights import load_exactly, load_weights
+    from medmamba.networks.weights import load_weights
 
-    networks = []
-    for entry in bundle.manifest.weights:
-        path = bundle.folder / entry.file
-        state = load_weights(path)
-        _require_finite(state, path)
-        network = build_network(bundle.configuration.network)
-        load_exactly(network, state, what=str(path))
-        networks.append(network.eval().requires_grad_(False))
-    return networks
+    paths = [bundle.folder / entry.file for entry in bundle.manifest.weights]
+    return [_build(bundle.configuration, load_weights(path), what=str(path)) for path in paths]
 
 
-def check_tensor_file(path: Path) -> None:
-    """Check the layout of a safetensors file without reading its tensors.
+def verify_bundle(bundle: Bundle) -> Acceptance:
+    """Repeat the bundle's reference case here, on the CPU in float32.
 
     Raises:
-        BundleError: the header is too large or damaged, a type is unknown, or bytes are missing.
+        BundleError: the bundle carries none, or one of another version.
     """
-    length = path.stat().st_size
-    with path.open("rb") as handle:
-        header_bytes = _header_length(handle.read(8), path)
-        try:
-            header = json.loads(handle.read(header_bytes))
-            entries = [value for key, value in header.items() if key != "__metadata__"]
-            end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-            types = {str(entry["dtype"]) for entry in entries}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise BundleError(f"{path}: header is damaged ({error!r}). Copy it again.") from error
-    if unknown := types - TENSOR_TYPES:
-        raise BundleError(f"{path}: tensor type {sorted(unknown)[0]!r} is not known.")
-    if 8 + header_bytes + end != length:
-        raise BundleError(
-            f"{path}: has {length} bytes, its header describes {8 + header_bytes + end}. "
-            "Copy the file again."
-        )
+    path = bundle.folder / REFERENCE_FILE
+    content = read_json(path, what="reference case", error=BundleError)
+    case = from_plain(ReferenceCase, content, what=str(path), error=BundleError)
+    plan = bundle.plan
+    networks = load_networks(bundle)
+    return repeat_reference_case(
+        case, networks, bundle.configuration, plan.label_map, plan.intensities
+    )
+
+
+def _make_reference(
+    plan: Plan, configuration: str, weights: "Sequence[Mapping[str, Tensor]]"
+) -> ReferenceCase:
+    branch = plan.configurations[configuration]
+    networks = [_build(branch, state, what="weights") for state in weights]
+    return make_reference_case(networks, branch, plan.label_map, plan.intensities)
+
+
+def _build(
+    configuration: ConfigurationPlan, state: "Mapping[str, Tensor]", *, what: str
+) -> "nn.Module":
+    from medmamba.networks import build_network
+    from medmamba.networks.weights import load_exactly
+
+    _require_finite(state, what)
+    network = build_network(configuration.network)
+    load_exactly(network, state, what=what)
+    return network.eval().requires_grad_(False)
 
 
 def _write_weights(
@@ -403,18 +416,7 @@ def _check_size(path: Path, expected: int) -> None:
             f"{path}: has {found} bytes, the manifest says {expected}. Copy the file again."
         )
     with path.open("rb") as handle:
-        _header_length(handle.read(8), path)
-
-
-def _header_length(prefix: bytes, path: Path) -> int:
-    length = int.from_bytes(prefix, "little")
-    limit = min(MAX_HEADER_BYTES, path.stat().st_size - 8)
-    if len(prefix) < 8 or length > limit:
-        raise BundleError(
-            f"{path}: claims a header of {length} bytes; at most {max(0, limit)} are possible. "
-            "Copy the file again."
-        )
-    return length
+        header_length(handle.read(8), path)
 
 
 def _check_sums(folder: Path, names: Sequence[str]) -> None:
@@ -459,7 +461,7 @@ def _check_agreement(folder: Path, manifest: Manifest, plan: Plan) -> None:
             )
 
 
-def _require_finite(state: "Mapping[str, Tensor]", path: Path) -> None:
+def _require_finite(state: "Mapping[str, Tensor]", what: str) -> None:
     bad = [
         name
         for name, tensor in state.items()
@@ -467,7 +469,7 @@ def _require_finite(state: "Mapping[str, Tensor]", path: Path) -> None:
     ]
     if bad:
         raise BundleError(
-            f"{path}: tensor '{bad[0]}' holds NaN or infinity ({len(bad)} tensors in all). "
+            f"{what}: tensor '{bad[0]}' holds NaN or infinity ({len(bad)} tensors in all). "
             "Training had diverged; use an earlier checkpoint.",
             code="E_MODEL_WEIGHTS",
         )

@@ -7,19 +7,20 @@ import pytest
 import torch
 
 from medmamba.bundle import (
-    MAX_HEADER_BYTES,
     Bundle,
     find_bundle,
     load_bundle,
     load_networks,
     read_manifest,
     save_bundle,
+    verify_bundle,
 )
 from medmamba.errors import BundleError, EnvironmentFault, SecurityError
 from medmamba.files import hash_file
 from medmamba.labels import LabelMap
 from medmamba.networks import build_network
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.tensor_file import MAX_HEADER_BYTES
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.recipe import (
     ChannelRecipe,
@@ -300,6 +301,45 @@ def test_weights_that_do_not_fit_are_refused(
         plan=tiny_plan(),
         configuration=CONFIGURATION,
         weights=[edited(change)],
+        reference_case=False,
     )
     with pytest.raises(BundleError, match=message):
         load_networks(saved)
+
+
+def test_the_reference_case_is_repeated_to_the_byte(bundle: Bundle) -> None:
+    found = verify_bundle(bundle)
+    assert found.passed
+    assert (found.outcome, found.agreement) == ("identical", 1.0)
+    assert found.logits_difference == 0
+
+
+def test_another_computation_is_noticed(bundle: Bundle) -> None:
+    path = bundle.folder / "reference.json"
+    other = save_bundle(
+        bundle.folder.parent / "other",
+        plan=tiny_plan(),
+        configuration=CONFIGURATION,
+        weights=[weights(3)],
+    )
+    path.write_text((other.folder / "reference.json").read_text())
+    with pytest.raises(SecurityError, match=r"reference\.json"):
+        load_bundle(bundle.folder)
+    rehash(bundle.folder)
+    assert not verify_bundle(load_bundle(bundle.folder)).passed
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"pattern_version": 99}, "pattern_version"), ({"mask": "AAAA"}, "mask"), ({"x": 1}, "x")],
+)
+def test_damaged_reference_cases_are_refused(
+    bundle: Bundle, change: dict[str, object], key: str
+) -> None:
+    path = bundle.folder / "reference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=key):
+        verify_bundle(bundle)
+    path.unlink()
+    with pytest.raises(BundleError, match="does not exist"):
+        verify_bundle(bundle)
