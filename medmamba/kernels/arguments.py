@@ -23,7 +23,7 @@ class ScanArguments:
     """Canonical arguments of one scan; what every backend receives.
 
     Args:
-        order: int32 table (l,): scan position t reads and writes token ``order[t]``; None is raster.
+        order: int32 table (l,): position t reads and writes token ``order[t]``; None is raster.
         reverse: walk the order from its last position to its first.
         reset_every: zero the state before positions r, 2r, ...; 0 never does.
         segment: length of local-bidirectional segments; 0 is a plain causal scan.
@@ -187,8 +187,8 @@ def _check_rows(arguments: ScanArguments) -> None:
         inner, outer = value.stride(-1), value.stride(1)
         if inner != 1 and outer != 1 and value.shape[-1] != 1 and value.shape[1] != 1:
             raise KernelError(
-                f"{name} of shape {tuple(value.shape)} has strides {tuple(value.stride())}: neither "
-                "its last dimension nor its tokens lie next to each other in memory; "
+                f"{name} of shape {tuple(value.shape)} has strides {tuple(value.stride())}: "
+                "neither its last dimension nor its tokens lie next to each other in memory; "
                 f"pass {name}.contiguous()"
             )
 

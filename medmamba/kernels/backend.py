@@ -1,29 +1,32 @@
-"""Which implementation of the scan runs, and why: an ordered table, the first row that can run wins.
+"""Which implementation of the scan runs, and why: an ordered table; the first row that can, does.
 
 The contract of a backend, a module of this package with four functions:
 
 ``refusal(arguments) -> str | None``
-    Why it cannot take these arguments (device, type, size, option), None if it can. Looks at shapes, types,
-    strides and devices only, never at values, so that it also answers for fake tensors.
+    Why it cannot take these arguments (device, type, size, option), None if it can. Looks at
+    shapes, types, strides and devices only, never at values: it also answers for fake tensors.
 ``states_shape(arguments) -> tuple[int, ...]``
-    Shape of the tensor of chunk states that forward saves (type: ``arguments.compute_dtype``); a pure function
-    of shapes. The content belongs to the backend.
+    Shape of the tensor of chunk states that forward saves (type ``arguments.compute_dtype``); a
+    pure function of shapes and options. Its content belongs to the backend.
 ``forward(arguments, *, save_states) -> (out, h_last, states)``
-    ``out`` (b, l, d) of ``out_dtype`` made by ``arguments.empty_rows(u, out_dtype)``; ``h_last`` (b, d, n) of the
-    compute type, the causal state after the last position, never an alias of h0; ``states`` of ``states_shape``, or
-    with ``save_states=False`` an empty tensor of shape (0,).
+    ``out`` (b, l, d) made by ``arguments.empty_rows(u, out_dtype)``; ``h_last`` (b, d, n) of the
+    compute type, the causal state after the last position, never an alias of h0; ``states`` of
+    ``states_shape``, or with ``save_states=False`` an empty tensor of shape (0,).
 ``backward(arguments, states, grad_out, grad_h_last, needs) -> Gradients``
-    ``grad_out`` (b, l, d) and ``grad_h_last`` (b, d, n) may be None (zero) and may have any strides, 0 too.
-    Each gradient wanted by ``needs`` (of the arguments that are present) has its argument's shape and type;
-    the others may be None. Must be bitwise repeatable.
+    ``grad_out`` (b, l, d) and ``grad_h_last`` (b, d, n) may be None (zero) and may have any
+    strides, 0 too. Each gradient wanted by ``needs`` (of arguments that are present) has its
+    argument's shape and type; the others may be None. Must be bitwise repeatable.
+``description() -> str`` is optional: what it runs on, for `medmamba doctor`.
 
-All of them receive `ScanArguments` (arguments.py): canonical channels-last tensors whose strides are free as long as the
-channels (states) or the tokens are adjacent; A, skip, delta_bias and h0 in the compute type; ``order`` an int32 table of
-length l read as token = order[position], or None; ``reverse``: position t uses order[l - 1 - t];
-``reset_every``: decay becomes 0 at positions r, 2r, ... (h0 enters at position 0 only);
-``segment``: local-bidirectional segments of scan positions, the last may be short; h_last stays the causal state.
+All receive `ScanArguments` (arguments.py): canonical channels-last tensors whose strides are free
+as long as the channels (states) or the tokens are adjacent; A, skip, delta_bias and h0 in the
+compute type; ``order`` an int32 table read as token = order[position], or None; ``reverse``:
+position t uses order[l - 1 - t]; ``reset_every``: the decay becomes 0 at positions r, 2r, ... (h0
+enters at position 0 only); ``segment``: local-bidirectional segments of positions, the last may be
+short; h_last stays the causal state.
 
-``MEDMAMBA_SCAN`` = reference | torch | native | triton forces one; an impossible choice is an error, not a fallback.
+``MEDMAMBA_SCAN`` = reference | torch | native | triton forces one; where that one cannot run the
+arguments it is an error, not a fallback.
 """
 
 from __future__ import annotations
@@ -58,11 +61,17 @@ SELF_TEST_TOLERANCE = 1e-5
 class Backend(Protocol):
     """A module that implements the scan; see the contract above."""
 
-    def refusal(self, arguments: ScanArguments) -> str | None: ...
-    def states_shape(self, arguments: ScanArguments) -> tuple[int, ...]: ...
+    def refusal(self, arguments: ScanArguments) -> str | None:
+        """Why it cannot run."""
+
+    def states_shape(self, arguments: ScanArguments) -> tuple[int, ...]:
+        """Shape of the saved states."""
+
     def forward(
         self, arguments: ScanArguments, *, save_states: bool
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, last state, saved states."""
+
     def backward(
         self,
         arguments: ScanArguments,
@@ -70,7 +79,8 @@ class Backend(Protocol):
         grad_out: Tensor | None,
         grad_h_last: Tensor | None,
         needs: Needs,
-    ) -> Gradients: ...
+    ) -> Gradients:
+        """Gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +175,7 @@ def _module(name: str) -> Backend:
 @functools.cache
 def _warn_slow(name: str, reasons: str) -> None:
     logging.getLogger(__name__).warning(
-        "the selective scan runs in PyTorch (%s), 20 to 100 times slower than a compiled kernel: %s",
+        "the scan runs in PyTorch (%s), 20 to 100 times slower than a compiled kernel: %s",
         name,
         reasons,
     )

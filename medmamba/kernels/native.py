@@ -16,7 +16,10 @@ from medmamba.kernels import _native
 from medmamba.kernels.arguments import Gradients, Needs, ScanArguments, empty_rows
 
 INSTRUCTION_SET_VARIABLE = "MEDMAMBA_CPU_ISA"  # for tests: v4, v3 or base
-LONGEST_SEGMENT = 64  # tokens of a tile
+# as in kernels/cpu/problem.hpp
+TILE = 64  # tokens between two stored states
+LANES = 16  # channels of a block
+STATE_PADDING = 4
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_ROWS = (0, 0, 0, 0, 1, 0)
 
@@ -29,8 +32,8 @@ def refusal(arguments: ScanArguments) -> str | None:
         return f"computes in float32; {arguments.compute_dtype} is left to the definition"
     if arguments.out_dtype not in _TYPES:
         return f"writes float32, bfloat16 and float16, not {arguments.out_dtype}"
-    if arguments.segment > LONGEST_SEGMENT:
-        return f"takes segments of at most {LONGEST_SEGMENT}, not {arguments.segment}"
+    if arguments.segment > TILE:
+        return f"takes segments of at most {TILE}, not {arguments.segment}"
     return None
 
 
@@ -41,17 +44,15 @@ def description() -> str:
 
 
 def states_shape(arguments: ScanArguments) -> tuple[int, ...]:
-    """(b, tiles, blocks of channels, padded state, lanes)."""
-    return tuple(
-        _native.states_shape(
-            arguments.batch,
-            arguments.length,
-            arguments.channels,
-            arguments.groups,
-            arguments.state,
-            arguments.segment,
-        )
-    )
+    """(b, tiles, blocks of channels, padded state, lanes); `_native.states_shape` says the same.
+
+    Computed here so that symbolic sizes stay symbolic.
+    """
+    tile = TILE // arguments.segment * arguments.segment if arguments.segment else TILE
+    groups = max(arguments.groups, 1)
+    blocks = groups * -(-(arguments.channels // groups) // LANES)
+    states = -(-arguments.state // STATE_PADDING) * STATE_PADDING
+    return (arguments.batch, -(-arguments.length // tile), blocks, states, LANES)
 
 
 def forward(arguments: ScanArguments, *, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:

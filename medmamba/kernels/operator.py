@@ -1,6 +1,6 @@
 """The scan as a torch operator: schema, fake kernels, autograd, and the function people call.
 
-Owns `medmamba::selective_scan` and `medmamba::selective_scan_bwd`; which code runs is backend.py's choice.
+Owns `medmamba::selective_scan` and `medmamba::selective_scan_bwd`; backend.py chooses what runs.
 Registered with Library.define/impl because the dispatch cost matters where sequences are short.
 """
 
@@ -49,7 +49,8 @@ _NAMES = (
     "out_dtype",
 )
 
-_library = torch.library.Library("medmamba", "FRAGMENT")
+_make_library: Any = torch.library.Library  # has no annotations
+_library = _make_library("medmamba", "FRAGMENT")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
 
@@ -76,7 +77,7 @@ def selective_scan(
     """Selective scan of Mamba with everything around it fused; see reference.py for the equations.
 
     Args:
-        u: input (batch, length, channels); float32, bfloat16, float16, or float64 (the definition runs).
+        u: input (batch, length, channels) of float32, bfloat16, float16; float64 runs reference.py.
         delta: step sizes before bias and softplus, like u.
         A: real decay rates (channels, state), negative in practice.
         B: input projection (batch, length, groups, state), or without groups.
@@ -84,6 +85,7 @@ def selective_scan(
         skip: the paper's D (channels,).
         gate: the paper's z, like u; the output is multiplied by silu(gate).
         delta_bias: (channels,), added to delta before softplus.
+        delta_softplus: whether the step sizes are softplus(delta + delta_bias).
         h0: initial state (batch, channels, state), differentiable.
         return_last_state: return (out, h_last); h_last is differentiable.
         out_dtype: type of the output; u's when omitted.
@@ -100,9 +102,8 @@ def selective_scan(
         KernelError: an argument that cannot be used; names it, its shape and what was expected.
     """
     if layout == "channels_first":
-        u, delta, gate = (
-            None if rows is None else _tokens_first("u", rows) for rows in (u, delta, gate)
-        )
+        u, delta = _tokens_first("u", u), _tokens_first("delta", delta)
+        gate = None if gate is None else _tokens_first("gate", gate)
         B, C = (projection.movedim(-1, 1) for projection in (B, C))
     elif layout != "channels_last":
         raise KernelError(f"layout is {layout!r}; give 'channels_last' or 'channels_first'")
@@ -150,6 +151,8 @@ def selective_scan_fn(
         D: (channels,).
         z: gate.
         delta_bias: (channels,).
+        delta_softplus: whether the step sizes are softplus(delta + delta_bias).
+        return_last_state: return the state after the last token too.
 
     Returns:
         out (batch, channels, length), or (out, last_state (batch, channels, state)).
@@ -192,7 +195,11 @@ def selective_scan_multi(
         B: input projections per direction.
         C: output projections per direction.
         orders: one per direction; no input is permuted or copied.
+        skip: (channels,) per direction.
         gate: (batch, length, channels), applied to the sum.
+        delta_bias: (channels,) per direction.
+        delta_softplus: for every direction.
+        segment: for every direction.
 
     Returns:
         (batch, length, channels) of u's type; the sum itself is float32, in the order given.
@@ -201,7 +208,7 @@ def selective_scan_multi(
         KernelError: the sequences differ in length, or one scan's arguments cannot be used.
     """
     count = len(orders)
-    parts = {"deltas": deltas, "A": A, "B": B, "C": C}
+    parts: dict[str, Sequence[Tensor | None]] = {"deltas": deltas, "A": A, "B": B, "C": C}
     parts |= {"skip": skip or [None] * count, "delta_bias": delta_bias or [None] * count}
     for name, values in parts.items():
         if len(values) != count or not count:
@@ -263,13 +270,15 @@ def _canonical(
         if value is not None and value.dim() == 3:
             named[name] = value.unsqueeze(2)
     reverse = False
+    table = order
     if isinstance(order, ScanOrder):
-        order, reverse = order.index, order.reverse
-    if order is not None and not order.dtype.is_floating_point:
-        order = order.to(torch.int32)
+        table, reverse = order.index, order.reverse
+    assert not isinstance(table, ScanOrder)
+    if table is not None and not table.dtype.is_floating_point:
+        table = table.to(torch.int32)
     return ScanArguments(
         **named,  # type: ignore[arg-type]
-        order=order,
+        order=table,
         reverse=reverse,
         delta_softplus=delta_softplus,
         reset_every=reset_every,

@@ -1,4 +1,4 @@
-"""The definition of the selective scan, in PyTorch: float32 or float64, linear time, one token a step.
+"""The definition of the selective scan in PyTorch: float32 or float64, one token a step.
 
 Everything else in this package is measured against this file. Per batch, channel and state, over
 scan positions t (Gu and Dao, "Mamba", arXiv 2312.00752, equations 1a and 2a, simplified B):
@@ -9,7 +9,8 @@ scan positions t (Gu and Dao, "Mamba", arXiv 2312.00752, equations 1a and 2a, si
     out_t = y_t silu(gate_t)                          (gate optional)
 
 Local-bidirectional (Zhang et al., "LBMamba", arXiv 2506.15976): inside segments of fixed length the
-same recurrence also runs backwards from zero, and its state before the token's own input is added to h_t.
+same recurrence also runs backwards from zero; its state before the token's own input is added to
+h_t.
 Shapes: see arguments.py.
 """
 
@@ -62,7 +63,7 @@ def backward(
     grad_h_last: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Differentiate chunk by chunk, last to first, recomputing each from the state that entered it."""
+    """Differentiate chunk by chunk, last to first, recomputing each from the state before it."""
     chunk = _chunk_length(arguments)
     index = position_to_token(arguments)
     dtype = arguments.compute_dtype
@@ -91,7 +92,7 @@ class _Chunk:
         arguments: the chunk's rows in scan order.
         B: per channel (b, t, d, n); C, decay, inputs, h, h_before, local likewise.
         resets: positions of the chunk before which the state is zeroed.
-        local: reverse state inside the segment, without the token's own input; zeros without segments.
+        local: reverse state inside the segment, without the token's own input; else zeros.
     """
 
     arguments: ScanArguments
@@ -188,7 +189,7 @@ class _Chunk:
         return grads, carry
 
     def _adjoint(self, weighted: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}, and the same before the first position."""
+        """dL/dh_t = C_t dy_t + exp(dt_{t+1} A) dL/dh_{t+1}; also what passes the first position."""
         adjoint = torch.empty_like(weighted)
         for t in reversed(range(weighted.shape[1])):
             adjoint[:, t] = weighted[:, t] + carry

@@ -1,7 +1,7 @@
 """Scan orders: in which sequence the tokens of a (D, H, W) or (H, W) grid are visited.
 
-An order is a table from scan position to token index in raster order, read by the kernels: nothing is permuted
-or copied. A registry entry gives the list of orders of one mixer, one per direction.
+An order is a table from scan position to token index in raster order, read by the kernels: nothing
+is permuted or copied. A registry entry gives the list of orders of one mixer, one per direction.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def scan_orders(
     Args:
         name: a key of `SCAN_ORDERS`.
         shape: tokens per axis, (H, W) or (D, H, W).
+        device: where the tables are wanted.
 
     Raises:
-        KernelError: the name is not registered, or the grid has the wrong number of axes.
+        KernelError: the name is not registered, or the grid does not suit the order.
     """
     if name not in SCAN_ORDERS:
         raise KernelError(f"scan order {name!r} is unknown; give one of {', '.join(SCAN_ORDERS)}")
@@ -100,12 +101,12 @@ def cross(shape: Shape) -> tuple[ScanOrder, ...]:
 
 
 def tri(shape: Shape) -> tuple[ScanOrder, ...]:
-    """Forward, reverse and inter-slice: the raster of the (H, W, D) map (SegMamba, arXiv 2401.13560)."""
+    """Forward, reverse and inter-slice, the raster of the (H, W, D) map (SegMamba, 2401.13560)."""
     return (*bidirectional(shape), _axis_raster(shape, 1))
 
 
 def snake(shape: Shape) -> tuple[ScanOrder, ...]:
-    """Raster in which every other row and every other plane runs backwards; all steps have length 1.
+    """Raster in which every other row and every other plane runs backwards: all steps are 1 long.
 
     PlainMamba (arXiv 2403.17695), in any number of axes.
     """
@@ -122,7 +123,7 @@ def snake(shape: Shape) -> tuple[ScanOrder, ...]:
 def local_window(shape: Shape, window: int = WINDOW) -> tuple[ScanOrder, ...]:
     """Cubic windows in raster order, raster inside; windows at the far edges may be partial.
 
-    LocalMamba (arXiv 2403.09338). When windows divide the grid, `local_window_reset` keeps them apart.
+    LocalMamba (arXiv 2403.09338). `local_window_reset` makes each a sequence of its own.
     """
     position = _coordinates(shape)
     key = torch.zeros(math.prod(shape), dtype=torch.int64)

@@ -167,7 +167,8 @@ def test_layouts_agree() -> None:
     leaves, options = call(Sizes(length=33, channels=12, groups=3, state=4))
     last = selective_scan(**leaves, **options)
     first = {
-        name: value.mT if name in ("u", "delta", "gate") else value for name, value in leaves.items()
+        name: value.mT if name in ("u", "delta", "gate") else value
+        for name, value in leaves.items()
     }
     first |= {name: first[name].movedim(1, -1) for name in ("B", "C")}
     found = selective_scan(**first, **options, layout="channels_first")
