@@ -1,10 +1,11 @@
 """What a plan may cost: the memory it is made for, and how the price of a network is found."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
-from medmamba.files import RECORD_CONFIG
+from medmamba.files import RECORD_CONFIG, hash_values
 from medmamba.networks.spec import NetworkSpec
 
 GIB = 1024**3
@@ -54,6 +55,36 @@ class NetworkRules:
     arrange: Callable[[NetworkSpec], NetworkSpec]
     divisor: Callable[[NetworkSpec], tuple[int, ...]]
     price: Callable[[NetworkSpec], Price]
+
+
+class PriceList:
+    """Prices asked for once each; a patch of a known architecture is estimated by its voxels.
+
+    What a network keeps grows with the voxels of its patch as long as its stages stay the same, so
+    a search needs one price per architecture, and a second one to confirm what it found.
+    """
+
+    def __init__(self, rules: NetworkRules) -> None:
+        self._price = rules.price
+        self._exact: dict[str, Price] = {}
+        self._known: dict[str, tuple[int, Price]] = {}
+
+    def exact(self, spec: NetworkSpec) -> Price:
+        """Return the price of exactly this spec."""
+        key = hash_values(spec)
+        if key not in self._exact:
+            self._exact[key] = self._price(spec)
+        return self._exact[key]
+
+    def estimate(self, spec: NetworkSpec) -> Price:
+        """Return the price, scaled from another patch of the same architecture where known."""
+        voxels = prod(spec.patch_size)
+        architecture = hash_values(replace(spec, patch_size=(0,) * spec.dimension))
+        if architecture not in self._known:
+            self._known[architecture] = (voxels, self.exact(spec))
+        known_voxels, price = self._known[architecture]
+        per_sample = round(price.bytes_per_sample * voxels / known_voxels)
+        return replace(price, bytes_per_sample=per_sample)
 
 
 def registered_rules(network: str, *, bf16: bool, optimizer_states: int) -> NetworkRules:

@@ -15,7 +15,7 @@ import numpy as np
 from medmamba.errors import PlanError
 from medmamba.labels import LabelMap
 from medmamba.networks.spec import NetworkSpec
-from medmamba.plans.budget import Budget, NetworkRules, registered_rules
+from medmamba.plans.budget import Budget, NetworkRules, PriceList, registered_rules
 from medmamba.plans.fingerprint import Fingerprint
 from medmamba.plans.plan import ConfigurationPlan, Plan, Reason
 from medmamba.plans.presets import Preset
@@ -86,6 +86,7 @@ class _Task:
     budget: Budget
     planner: str
     rules: NetworkRules | None
+    prices: PriceList | None
     spacing_mm: tuple[float, ...]
     transpose: tuple[int, int, int]
 
@@ -125,6 +126,7 @@ def make_plan(
     label_map = LabelMap.from_dataset_json(dict(description))
     spacing, spacing_reason = choose_spacing(fingerprint, budget)
     transpose = choose_transpose(spacing)
+    chosen_rules = _rules(preset, budget, rules)
     task = _Task(
         fingerprint=fingerprint,
         channel_names=_channel_names(fingerprint, description),
@@ -134,7 +136,8 @@ def make_plan(
         preset=preset,
         budget=budget,
         planner=_planner_name(preset, budget),
-        rules=_rules(preset, budget, rules),
+        rules=chosen_rules,
+        prices=PriceList(chosen_rules) if chosen_rules else None,
         spacing_mm=spacing,
         transpose=transpose,
     )
@@ -289,8 +292,9 @@ def _plan_3d(
     if low is None:
         add("3d_fullres", fullres, full)
         return
-    lowres = configuration("3d_lowres", low.spacing_mm, low.median_shape, low.sizes, False)
-    add("3d_lowres", replace(lowres, next_stage="3d_cascade_fullres"), low.sizes)
+    sizes = low.size(task, confirm=True)
+    lowres = configuration("3d_lowres", low.spacing_mm, low.median_shape, sizes, False)
+    add("3d_lowres", replace(lowres, next_stage="3d_cascade_fullres"), sizes)
     add("3d_fullres", fullres, full)
     extra = len(task.label_map.foreground_values)
     network = replace(fullres.network, in_channels=fullres.network.in_channels + extra)
@@ -302,7 +306,10 @@ def _plan_3d(
 class _Lowres:
     spacing_mm: tuple[float, ...]
     median_shape: tuple[int, ...]
-    sizes: Sizes
+    dataset_voxels: float
+
+    def size(self, task: _Task, *, confirm: bool) -> Sizes:
+        return _size(task, self.spacing_mm, self.median_shape, self.dataset_voxels, confirm=confirm)
 
 
 def _search_lowres(
@@ -312,24 +319,19 @@ def _search_lowres(
     voxels = np.prod(median, dtype=np.float64)
     seen = np.prod(full.spec.patch_size, dtype=np.float64) / voxels
     why = f"a full-resolution patch sees {seen:.0%} of the median case"
-    full_spacing, coarse = np.array(spacing), np.array(spacing)
     patch_voxels, low_voxels, found = prod(full.spec.patch_size), voxels, None
+    coarse = np.array(spacing)
     while patch_voxels / low_voxels < LOWRES_PATCH_FRACTION:
         fine_axes = (max(coarse) / coarse) > 2
         coarse[fine_axes if np.any(fine_axes) else slice(None)] *= LOWRES_STEP
-        shape = full_spacing / coarse * np.array(median)
-        low_voxels = np.prod(shape, dtype=np.float64)
+        exact_shape = np.array(spacing) / coarse * np.array(median)
+        low_voxels = np.prod(exact_shape, dtype=np.float64)
         found = _Lowres(
             spacing_mm=tuple(float(v) for v in coarse),
-            median_shape=tuple(round(float(v)) for v in shape),
-            sizes=_size(
-                task,
-                tuple(float(v) for v in coarse),
-                tuple(round(float(v)) for v in shape),
-                float(low_voxels * task.cases),
-            ),
+            median_shape=tuple(round(float(v)) for v in exact_shape),
+            dataset_voxels=float(low_voxels * task.cases),
         )
-        patch_voxels = prod(found.sizes.spec.patch_size)
+        patch_voxels = prod(found.size(task, confirm=False).spec.patch_size)
     if found is None:
         return None, f"{why}; a quarter is enough"
     if voxels / low_voxels < LOWRES_GAIN:
@@ -342,6 +344,8 @@ def _size(
     spacing: tuple[float, ...],
     median: tuple[int | float, ...],
     dataset_voxels: float,
+    *,
+    confirm: bool = True,
 ) -> Sizes:
     dimension = len(spacing)
     request = Request(
@@ -363,12 +367,18 @@ def _size(
             options=task.preset.options,
         ),
     )
-    if task.rules is None:
+    if task.rules is None or task.prices is None:
         return size_by_cost(
             request, task.model, memory_gb=task.memory_gb, classes=task.label_entries
         )
-    fraction = task.model.dataset_fraction
-    return size_by_memory(request, task.rules, memory_gb=task.memory_gb, dataset_fraction=fraction)
+    return size_by_memory(
+        request,
+        task.rules,
+        task.prices,
+        memory_gb=task.memory_gb,
+        dataset_fraction=task.model.dataset_fraction,
+        confirm=confirm,
+    )
 
 
 def _configuration(

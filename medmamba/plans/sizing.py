@@ -7,14 +7,13 @@ knows nothing of scans (for one 8 GB plan U-Mamba-Enc needs 24.9 GB).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from math import prod
 
 import numpy as np
 
 from medmamba.errors import PlanError
 from medmamba.networks.spec import NetworkSpec
-from medmamba.plans.budget import GIB, NetworkRules, Price
+from medmamba.plans.budget import GIB, NetworkRules, PriceList
 from medmamba.plans.topology import (
     Topology,
     derive_topology,
@@ -190,34 +189,46 @@ def size_by_cost(request: Request, model: CostModel, *, memory_gb: float, classe
 
 
 def size_by_memory(
-    request: Request, rules: NetworkRules, *, memory_gb: float, dataset_fraction: float
+    request: Request,
+    rules: NetworkRules,
+    prices: PriceList,
+    *,
+    memory_gb: float,
+    dataset_fraction: float,
+    confirm: bool,
 ) -> Sizes:
     """Size any network by the memory that training it needs.
+
+    Args:
+        request: what is to be sized.
+        rules: constraints of the network.
+        prices: of the network; shared by all calls for one plan.
+        memory_gb: memory to plan for.
+        dataset_fraction: a batch holds at most this part of the dataset's voxels.
+        confirm: price what was found exactly, and go on shrinking where the estimate was too low.
 
     Raises:
         PlanError: no patch fits the memory.
     """
-
-    def layout_of(patch: tuple[float, ...]) -> _Layout:
-        return _arranged(request, rules, patch)
-
-    @cache
-    def price(index: int) -> Price:
-        return rules.price(layouts[index].spec)
-
-    layouts = list(_shrinking(request, layout_of))
+    layouts = list(_shrinking(request, lambda patch: _arranged(request, rules, patch)))
     budget = memory_gb * GIB
-    first = _first_below_limit(layouts, request.voxel_limit)
-    chosen = _first_that_fits(first, len(layouts), lambda i: price(i).of(SMALLEST_BATCH) <= budget)
-    if chosen is None:
-        least = price(len(layouts) - 1).of(SMALLEST_BATCH) / GIB
+
+    def fits(index: int) -> bool:
+        return prices.estimate(layouts[index].spec).of(SMALLEST_BATCH) <= budget
+
+    chosen = _first_that_fits(_first_below_limit(layouts, request.voxel_limit), len(layouts), fits)
+    price = prices.exact if confirm else prices.estimate
+    while chosen < len(layouts) and price(layouts[chosen].spec).of(SMALLEST_BATCH) > budget:
+        chosen += 1
+    if chosen == len(layouts):
+        least = prices.exact(layouts[-1].spec).of(SMALLEST_BATCH) / GIB
         raise PlanError(
             f"network '{request.spec.name}': its smallest patch "
             f"{list(layouts[-1].patch_size)} needs {least:.1f} GB, the budget is {memory_gb:g} GB. "
             "Give more memory with --gpu-memory or choose a smaller network.",
             code="E_PLAN_MEMORY",
         )
-    cost = price(chosen)
+    cost = price(layouts[chosen].spec)
     wanted = int((budget - cost.fixed_bytes) // cost.bytes_per_sample)
     batch_size, capped = _batch(wanted, request, layouts[chosen], dataset_fraction)
     memory = cost.of(batch_size)
@@ -314,15 +325,13 @@ def _is_within(layout: _Layout, limit: int | None) -> bool:
     return limit is None or prod(layout.patch_size) <= limit
 
 
-def _first_that_fits(start: int, stop: int, fits: Callable[[int], bool]) -> int | None:
-    """Bisect: memory falls along the way, and pricing a layout takes seconds."""
-    if fits(start):
-        return start
+def _first_that_fits(start: int, stop: int, fits: Callable[[int], bool]) -> int:
+    """Bisect, since memory falls along the way; ``stop`` where nothing fits."""
     low, high = start, stop
-    while high - low > 1:
+    while low < high:
         middle = (low + high) // 2
         if fits(middle):
             high = middle
         else:
-            low = middle
-    return high if high < stop else None
+            low = middle + 1
+    return low

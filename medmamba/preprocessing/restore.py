@@ -217,7 +217,9 @@ class _ClassFields:
         source = slice(int(low[0]), int(high[-1]) + 1)
         planes = self._plane.apply(self._read(label, source))
         second = weight.astype(planes.dtype)[:, None, None]
-        return planes[low - source.start] * (1 - second) + planes[high - source.start] * second
+        below, above = planes[low - source.start], planes[high - source.start]
+        result: NDArray[np.floating] = below * (1 - second) + above * second
+        return result
 
     def _read(self, label: int, source: slice) -> NDArray[np.floating]:
         kind = np.float64 if self._half else np.float32
