@@ -54,7 +54,9 @@ def _print_version(wanted: bool) -> None:
 def medmamba(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks (accepted anywhere on the line).")
@@ -75,7 +77,9 @@ def medmamba(
       medmamba predict -i images -o masks -m work/runs/lightm_unet_s/3d_fullres/fold_0
       medmamba evaluate labels masks
     """
-    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    level = (
+        logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    )
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 

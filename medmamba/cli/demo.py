@@ -28,7 +28,9 @@ def demo(
             help="A raw dataset with test labels (labelsTs); or 'hippocampus' to download that task.",
         ),
     ] = BUILT_IN,
-    network: Annotated[str, typer.Option("--network", "-n", help="Network to train.")] = DEFAULT_NETWORK,
+    network: Annotated[
+        str, typer.Option("--network", "-n", help="Network to train.")
+    ] = DEFAULT_NETWORK,
     max_time: Annotated[
         str | None, typer.Option("--max-time", metavar="4m", help="Time to train.")
     ] = None,
@@ -67,7 +69,7 @@ def _prepare(dataset: str, output: Path, *, tiny: bool) -> Path:
         )
         return made.folder
     if dataset == HIPPOCAMPUS and not Path(dataset).exists():
-        from medmamba.training.augment import download_decathlon_task
+        from medmamba.cli.demo_download import HIPPOCAMPUS_TASK, download_task
 
-        return download_decathlon_task("Task04_Hippocampus", output / "raw")
+        return download_task(HIPPOCAMPUS_TASK, output / "raw")
     return Path(dataset)

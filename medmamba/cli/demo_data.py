@@ -65,7 +65,9 @@ def make_demo_dataset(parent: Path, *, tiny: bool = False) -> DemoData:
     for number, corner in enumerate(blocks):
         test = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         held_out += test
-        _write_block(folder, f"block_{number:03d}", corner, image, labels, volume.geometry.matrix, test=test)
+        _write_block(
+            folder, f"block_{number:03d}", corner, image, labels, volume.geometry.matrix, test=test
+        )
     training = len(blocks) - held_out
     write_atomic(folder / "dataset.json", json.dumps(_describe(training), indent=2) + "\n")
     return DemoData(folder=folder, training=training, held_out=held_out)

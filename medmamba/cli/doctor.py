@@ -53,7 +53,9 @@ def _system() -> list[Finding]:
         Finding("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
         Finding("memory", _memory()),
         Finding("free disk", f"{disk.free / 2**30:.0f} GiB here"),
-        Finding("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (not needed to run)"),
+        Finding(
+            "C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (not needed to run)"
+        ),
     ]
     if SHARED_MEMORY.exists():
         size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
@@ -64,7 +66,9 @@ def _system() -> list[Finding]:
 def _memory() -> str:
     if not MEMORY_INFO.exists():
         return "unknown"
-    fields = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines() if ":" in line
+    )
     total, free = (int(fields[key].split()[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
     return f"{total:.1f} GiB, {free:.1f} GiB available"
 
@@ -88,11 +92,20 @@ def _device() -> list[Finding]:
 
 
 def _scan() -> list[Finding]:
-    from medmamba.kernels import backend_report
+    import torch
 
-    return [
-        Finding(f"scan {row.name}", f"{row.state}: {row.reason}", row.fit) for row in backend_report()
-    ]
+    from medmamba.kernels.backend import BackendStatus, backend_report
+
+    def finding(row: BackendStatus, device: str) -> Finding:
+        words = ["used" if row.chosen else "available" if row.available else "not used", row.reason]
+        if row.error is not None and row.ns_per_element is not None:
+            verdict = "passed" if row.passed else "FAILED"
+            words.append(f"self-test {verdict}, error {row.error:.0e}, {row.ns_per_element:.2f} ns")
+        text = ", ".join(word for word in words if word)
+        return Finding(f"scan {row.name}", f"{device}: {text}", row.passed or not row.chosen)
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [finding(row, device) for device in devices for row in backend_report(device)]
 
 
 def _version(package: str) -> str:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    reference: Annotated[Path, typer.Argument(metavar="REF", help="Folder of reference label images.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="REF", help="Folder of reference label images.")
+    ],
     prediction: Annotated[Path, typer.Argument(metavar="PRED", help="Folder of predicted masks.")],
     dataset_json: Annotated[
         Path | None,
@@ -25,13 +27,16 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for summary.json and metrics.csv (default: PRED)."),
+        typer.Option(
+            "--output", "-o", help="Folder for summary.json and metrics.csv (default: PRED)."
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option("--nsd-tolerance", metavar="MM", min=0.0, help="Tolerance of NSD.")
     ] = 1.0,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Evaluate although some cases have no prediction.")
+        bool,
+        typer.Option("--allow-missing", help="Evaluate although some cases have no prediction."),
     ] = False,
     workers: Workers = None,
     as_json: Json = False,

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|networks", help="Model folder, run folder, or 'networks'.")
+        str,
+        typer.Argument(metavar="MODEL|networks", help="Model folder, run folder, or 'networks'."),
     ],
     as_json: Json = False,
 ) -> None:
@@ -63,7 +64,15 @@ def _print_networks(*, as_json: bool) -> None:
 
         sys.stdout.write(json.dumps([to_plain(row) for row in rows], indent=2) + "\n")
         return
-    columns = ("network", "dim", "parameters", "GFLOP/patch", "bytes/voxel", "patch multiple", "source")
+    columns = (
+        "network",
+        "dim",
+        "parameters",
+        "GFLOP/patch",
+        "bytes/voxel",
+        "patch multiple",
+        "source",
+    )
     table = make_table("Networks", columns, [row.cells() for row in rows])
     table.columns[-1].justify = "left"
     data.print(table)

@@ -15,11 +15,15 @@ WorkFolder = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Cases worked on at once (default: one a core, at most 8)."),
+    typer.Option(
+        "--workers", min=1, help="Cases worked on at once (default: one a core, at most 8)."
+    ),
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute; auto says its choice."),
+    typer.Option(
+        "--device", metavar="auto|cpu|cuda[:i]", help="Where to compute; auto says its choice."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 

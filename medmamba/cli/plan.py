@@ -21,17 +21,24 @@ def plan(
     dataset: Annotated[
         Path,
         typer.Argument(
-            metavar="DATASET", help="nnU-Net raw dataset (DatasetXXX_Name) or Decathlon task folder."
+            metavar="DATASET",
+            help="nnU-Net raw dataset (DatasetXXX_Name) or Decathlon task folder.",
         ),
     ],
-    work: Annotated[Path, typer.Option("--output", "-o", metavar="WORK", help="Work folder to fill.")],
+    work: Annotated[
+        Path, typer.Option("--output", "-o", metavar="WORK", help="Work folder to fill.")
+    ],
     network: Annotated[
-        str, typer.Option("--network", "-n", help="Network to plan for (see `medmamba info networks`).")
+        str,
+        typer.Option("--network", "-n", help="Network to plan for (see `medmamba info networks`)."),
     ] = DEFAULT_NETWORK,
     gpu_memory: Annotated[
         float | None,
         typer.Option(
-            "--gpu-memory", metavar="GB", min=1, help="Memory to plan for (default: the preset's, 8)."
+            "--gpu-memory",
+            metavar="GB",
+            min=1,
+            help="Memory to plan for (default: the preset's, 8).",
         ),
     ] = None,
     configurations: Annotated[
@@ -44,7 +51,9 @@ def plan(
     ] = None,
     spacing: Annotated[
         str | None,
-        typer.Option("--spacing", metavar="Z,Y,X", help="Target spacing in mm instead of the median."),
+        typer.Option(
+            "--spacing", metavar="Z,Y,X", help="Target spacing in mm instead of the median."
+        ),
     ] = None,
     preprocess: Annotated[
         bool, typer.Option("--preprocess/--no-preprocess", help="Preprocess after planning.")
@@ -131,8 +140,9 @@ def print_problems(report: "VerificationReport") -> None:
 
 def print_plan(plan: "Plan") -> None:
     """Show each decision with its value and its reason."""
-    from medmamba.cli.display import data
     from rich.table import Table
+
+    from medmamba.cli.display import data
 
     table = Table(title=f"Plan for {plan.network} on {plan.dataset_name}", title_justify="left")
     table.add_column("decision", style="bold")

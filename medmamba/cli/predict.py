@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -19,22 +19,32 @@ OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
 def predict(
     images: Annotated[
         Path,
-        typer.Option("--input", "-i", metavar="IN", help="Image file, folder of images, or list of files."),
+        typer.Option(
+            "--input", "-i", metavar="IN", help="Image file, folder of images, or list of files."
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the masks.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the masks.")
+    ],
     model: Annotated[
         Path,
-        typer.Option("--model", "-m", metavar="MODEL", help="Model folder, or the run folder holding it."),
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Model folder, or the run folder holding it."
+        ),
     ],
     mirror: Annotated[
         bool,
-        typer.Option("--tta/--no-tta", help="Average over mirrored copies: better, up to 8 times slower."),
+        typer.Option(
+            "--tta/--no-tta", help="Average over mirrored copies: better, up to 8 times slower."
+        ),
     ] = False,
     step: Annotated[
-        float, typer.Option("--step", min=0.05, max=1.0, help="Tile step as a fraction of the patch.")
+        float,
+        typer.Option("--step", min=0.05, max=1.0, help="Tile step as a fraction of the patch."),
     ] = 0.5,
     precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where native.")
+        str,
+        typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where native."),
     ] = "auto",
     device: Device = "auto",
     compat: Annotated[
@@ -42,7 +52,9 @@ def predict(
     ] = False,
     overwrite: Annotated[
         str,
-        typer.Option("--overwrite", metavar="never|stale|always", help="What to do with finished cases."),
+        typer.Option(
+            "--overwrite", metavar="never|stale|always", help="What to do with finished cases."
+        ),
     ] = "stale",
     workers: Workers = None,
     as_json: Json = False,
@@ -69,7 +81,7 @@ def predict(
         precision=precision,
         device=device,
         compat=compat,
-        overwrite=cast(Overwrite, overwrite),
+        overwrite=overwrite,
         workers=workers,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),

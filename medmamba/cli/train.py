@@ -25,31 +25,44 @@ def train(
     ] = "0",
     configuration: Annotated[
         str | None,
-        typer.Option("--configuration", "-c", help="Configuration (default: 3d_fullres, 2d for 2D data)."),
+        typer.Option(
+            "--configuration", "-c", help="Configuration (default: 3d_fullres, 2d for 2D data)."
+        ),
     ] = None,
     max_time: Annotated[
         str | None,
         typer.Option(
-            "--max-time", metavar="20m", help="Time budget; the schedule is laid out to end with it."
+            "--max-time",
+            metavar="20m",
+            help="Time budget; the schedule is laid out to end with it.",
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs (default: preset).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Epochs (default: preset).")
+    ] = None,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", min=1, help="Iterations per epoch (default: preset).")
+        int | None,
+        typer.Option("--iterations", min=1, help="Iterations per epoch (default: preset)."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Patches per step instead of the plan's.")
+        int | None,
+        typer.Option("--batch-size", min=1, help="Patches per step instead of the plan's."),
     ] = None,
     loss: Annotated[
-        str | None, typer.Option("--loss", help="Loss instead of the preset's, e.g. region_tversky.")
+        str | None,
+        typer.Option("--loss", help="Loss instead of the preset's, e.g. region_tversky."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of weights, patches and augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of weights, patches and augmentation.")
+    ] = 0,
     precision: Annotated[
         str,
-        typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where it is native."),
+        typer.Option(
+            "--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where it is native."
+        ),
     ] = "auto",
     device: Device = "auto",
     deterministic: Annotated[
@@ -122,4 +135,3 @@ def print_epoch(report: "EpochReport") -> None:
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
-

@@ -45,7 +45,9 @@ def evaluate(
         EnvironmentFault: the scores cannot be written.
     """
     truth, guess = Path(reference), Path(prediction)
-    description = Path(dataset_json) if dataset_json is not None else _find_description(truth, guess)
+    description = (
+        Path(dataset_json) if dataset_json is not None else _find_description(truth, guess)
+    )
     label_map = read_label_map(description) if description else _labels_found(truth)
     evaluation = evaluate_folder(
         truth,
@@ -78,7 +80,9 @@ def _labels_found(reference: Path) -> LabelMap:
         values.update(int(value) for value in np.unique(labels.array))
     foreground = sorted(values - {0})
     if not foreground:
-        raise DatasetError(f"{reference}: the references hold no label but 0; nothing can be scored.")
+        raise DatasetError(
+            f"{reference}: the references hold no label but 0; nothing can be scored."
+        )
     logger.warning("no dataset.json found: scoring the values %s of the references", foreground)
     named = {f"label {value}": (value,) for value in foreground}
     return LabelMap(values={BACKGROUND_NAME: (0,), **named})

@@ -98,7 +98,9 @@ def plan(
     if preprocess:
         wanted = configurations or (choose_configuration(decided, None),)
         stores = tuple(
-            _preprocess(raw, work, decided, choose_configuration(decided, name), workers, on_progress)
+            _preprocess(
+                raw, work, decided, choose_configuration(decided, name), workers, on_progress
+            )
             for name in wanted
         )
     return PlanOutcome(plan=decided, plan_path=work.plan(network), stores=stores, report=report)

@@ -57,12 +57,16 @@ def train(
         fold: number of the fold, or ``"all"`` to train on every case.
         configuration: 3d_fullres where it exists, else 2d, when None.
         max_time: seconds; the schedule is laid out to end with it. Excludes ``epochs``.
-        epochs, iterations: length of the schedule instead of the preset's.
-        batch_size, loss: instead of the plan's.
+        epochs: length of the schedule instead of the preset's.
+        iterations: steps per epoch instead of the preset's.
+        batch_size: patches per step instead of the plan's.
+        loss: key of ``medmamba.training.losses.LOSSES`` instead of the preset's.
         resume: go on from the latest checkpoint.
         overwrite: start again although the run exists.
+        seed: of weights, patches and augmentation.
         precision: ``auto`` takes bf16 where the device has it natively.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        deterministic: bit-exact on GPUs too; CPU runs always are.
         on_epoch: called after every epoch.
         on_message: called with what was chosen and why.
 
