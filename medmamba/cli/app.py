@@ -114,7 +114,7 @@ def _report_bug(error: Exception, *, debug: bool) -> None:
     ) as log:
         traceback.print_exc(file=log)
     print(
-        f"error [E_INTERNAL]: {type(error).__name__}: {str(error) or 'no message'}. This is a bug in "
-        f"medmamba; its traceback is in {Path(log.name)} (--debug shows it here).",
+        f"error [E_INTERNAL]: {type(error).__name__}: {str(error) or 'no message'}. This is a bug "
+        f"in medmamba; its traceback is in {Path(log.name)} (--debug shows it here).",
         file=sys.stderr,
     )

@@ -25,7 +25,7 @@ def demo(
         typer.Option(
             "--dataset",
             metavar="PATH|hippocampus",
-            help="A raw dataset with test labels (labelsTs); or 'hippocampus' to download that task.",
+            help="A raw dataset of yours, or 'hippocampus' to download that Decathlon task.",
         ),
     ] = BUILT_IN,
     network: Annotated[
@@ -40,8 +40,9 @@ def demo(
 ) -> None:
     """Plan, train, predict and evaluate on real brain MRI, in under ten minutes on two CPU cores.
 
-    The images are blocks of one averaged brain with its tissue maps; a quarter of the blocks is held out from
-    training and scored. This shows that the chain works, not that a model generalises.
+    The images are blocks of one averaged brain with its tissue maps; a quarter of the blocks is
+    held out from training and scored. This shows that the chain works, not that a model
+    generalises. Of a dataset of yours, test cases with labels or fold 0 are scored.
 
     Example: [cyan]medmamba demo -o demo_output[/cyan]
     """

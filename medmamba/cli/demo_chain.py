@@ -77,8 +77,8 @@ def choose_held_out(dataset: Dataset, work: Path) -> HeldOut:
     splits = Work(work).splits
     if not splits.is_file():
         raise DatasetError(
-            f"{dataset.folder}: no test cases with labels (imagesTs, labelsTs) and too few cases to "
-            "hold some out. Use plan, train, predict and evaluate one by one."
+            f"{dataset.folder}: no test cases with labels (imagesTs, labelsTs) and too few cases "
+            "to hold some out. Use plan, train, predict and evaluate one by one."
         )
     names = set(read_splits(splits)[0].validation)
     cases = tuple(case for case in dataset.training_cases if case.id in names)

@@ -129,7 +129,7 @@ def _write_block(
 def _describe(training: int) -> dict[str, object]:
     return {
         "name": "BrainTissue",
-        "description": "Blocks of one averaged brain (ICBM 2009a nonlinear symmetric) with tissue labels",
+        "description": "Blocks of one averaged brain (ICBM 2009a) with tissue labels",
         "reference": "Fonov et al., NeuroImage 54 (2011) 313-327, as shipped by nilearn",
         "channel_names": {"0": "T1"},
         "labels": {

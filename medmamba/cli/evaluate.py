@@ -22,7 +22,7 @@ def evaluate(
         typer.Option(
             "--labels",
             metavar="DATASET.JSON",
-            help="Names, regions and ignore label (default: dataset.json in PRED, REF or above REF).",
+            help="Meaning of labels (default: dataset.json in PRED, in REF or above REF).",
         ),
     ] = None,
     output: Annotated[

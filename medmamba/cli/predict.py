@@ -61,12 +61,13 @@ def predict(
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
 
-    A case that cannot be trusted is rejected with a reason and leaves no mask; the others go on. A case is
-    done when its record OUT/CASE.json is there; running again does only what is missing or out of date.
+    A case that cannot be trusted is rejected with a reason and leaves no mask; the others go on.
+    A case is done when its record OUT/CASE.json is there; running again does only what is missing
+    or out of date.
 
     Exit code 0: all done; 4: some cases rejected or failed; 5: none succeeded.
 
-    Example: [cyan]medmamba predict -i images -o masks -m work/runs/lightm_unet_s/3d_fullres/fold_0[/cyan]
+    Example: [cyan]medmamba predict -i images -o masks -m work/runs/NETWORK/3d_fullres/fold_0[/cyan]
     """
     from medmamba.pipeline import predict as run_predict
 

@@ -74,8 +74,8 @@ def train(
 ) -> None:
     """Train one fold; writes checkpoints, log.jsonl, curves.png and a model to predict with.
 
-    A checkpoint is saved after every epoch. Ctrl-C and SIGTERM save and stop; [cyan]--resume[/cyan] goes on,
-    on a CPU to the last bit as if nothing had happened.
+    A checkpoint is saved after every epoch. Ctrl-C and SIGTERM save and stop; [cyan]--resume[/cyan]
+    goes on, on a CPU to the last bit as if nothing had happened.
 
     Example: [cyan]medmamba train work --network lightm_unet_s --fold 0 --max-time 20m[/cyan]
     """

@@ -1,4 +1,4 @@
-"""The four verbs: plan, train, predict, evaluate; each composes the layers below and prints nothing."""
+"""The four verbs: plan, train, predict, evaluate; each composes the layers below, none prints."""
 
 from medmamba.pipeline.evaluating import evaluate
 from medmamba.pipeline.planning import PlanOutcome, plan
