@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,8 +169,8 @@ def evaluate_case(
 
 
 def score_labels(
-    reference: NDArray[np.generic],
-    prediction: NDArray[np.generic],
+    reference: NDArray[Any],
+    prediction: NDArray[Any],
     *,
     label_map: LabelMap,
     geometry: Geometry,
@@ -183,7 +184,7 @@ def score_labels(
         reference = np.where(ignored, 0, reference)
         prediction = np.where(ignored, 0, prediction)
     box = tuple(slice(*pair) for pair in union_box(reference != 0, prediction != 0))
-    truth, guess = np.asarray(reference[box], int), np.asarray(prediction[box], int)
+    truth, guess = reference[box], prediction[box]
     scores = {}
     for name, values in label_map.foreground.items():
         masks = region_mask(truth, values), region_mask(guess, values)

@@ -68,6 +68,9 @@ class CasePredictor(Protocol):
     def parameters(self) -> dict[str, Any]:
         """Everything that decides which labels come out, as JSON values."""
 
+    def numerics(self) -> dict[str, Any]:
+        """What computes, as JSON values that go into records."""
+
     def prepare(self, image: Volume) -> PreprocessedCase:
         """Bring an image to the working grid."""
 
@@ -129,6 +132,7 @@ class CaseWork:
         self._overwrite = overwrite
         self._gate = gate
         self._parameters = predictor.parameters()
+        self._numerics = predictor.numerics()
 
     def read(self, case: Case) -> Job:
         """Decide whether there is work to do, and bring the case to the working grid."""
@@ -243,6 +247,7 @@ class CaseWork:
             geometry=None if job.header is None else job.header.geometry,
             model=self._model,
             parameters=self._parameters,
+            numerics=self._numerics,
             fallbacks=() if job.inferred is None else job.inferred.fallbacks,
             labels=labels,
             output=output,

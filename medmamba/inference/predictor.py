@@ -129,6 +129,18 @@ class Predictor:
             "networks": len(self._networks),
         }
 
+    def numerics(self) -> dict[str, Any]:
+        """What computes, as far as it may show in the last digits; not part of the parameters."""
+        device = self.settings.device
+        on_gpu = device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "torch": str(torch.__version__),
+            "accumulation": "float16" if self.settings.compat else "float32",
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+
     def prepare(self, image: Volume) -> PreprocessedCase:
         """Bring an image to the working grid."""
         return preprocess_case(

@@ -108,6 +108,7 @@ class CommitRecord:
         geometry: the grid of the mask, which is that of the first input.
         model: which networks.
         parameters: everything that decides which labels come out.
+        numerics: what computed, as far as it may show in the last digits.
         fallbacks: what had to be done differently than asked for, such as less memory.
         labels: per label and region.
         output: the mask; None without one.
@@ -128,6 +129,7 @@ class CommitRecord:
     geometry: Geometry | None = None
     model: ModelIdentity | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    numerics: dict[str, Any] = field(default_factory=dict)
     fallbacks: tuple[str, ...] = ()
     labels: tuple[LabelStatistics, ...] = ()
     output: OutputFile | None = None

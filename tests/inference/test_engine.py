@@ -46,6 +46,9 @@ class ThresholdPredictor:
     def parameters(self) -> dict[str, Any]:
         return {"level": self.level}
 
+    def numerics(self) -> dict[str, Any]:
+        return {"device": "none"}
+
     def prepare(self, image: Volume) -> PreprocessedCase:
         shape = image.geometry.shape
         record = UndoRecord(
@@ -123,6 +126,7 @@ def test_masks_lie_on_the_grid_and_records_say_what_happened(tmp_path: Path) -> 
         assert record.output is not None
         assert record.output.sha256 == hashlib.sha256(mask_bytes).hexdigest()
         assert record.model == MODEL
+        assert record.numerics == {"device": "none"}
         assert record.labels[1].voxels == (voxels > 100).sum()
         assert record.labels[1].volume_ml == pytest.approx((voxels > 100).sum() * 6e-3)
         assert {"read", "preprocess", "infer", "restore", "write"} <= record.timings_s.keys()
