@@ -3,8 +3,8 @@
     python kernels/bench/aot.py [--arch sm_90 ...] [--dtype fp32 ...] [--json OUT.json]
 
 Runs the real host code over tensors without memory, records what it would launch, compiles exactly
-that for each architecture, and reads registers, spills and the innermost loop from the machine code:
-an element is one (batch, token, channel, state), and counts are per element and thread. Needs the
+that for each architecture, and reads registers, spills and the innermost loop from the machine
+code: an element is one (batch, token, channel, state), and counts are per element and thread. Needs the
 disassembler that triton ships (NVIDIA); AMD's listing comes from the compiler itself.
 """
 
@@ -18,14 +18,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton  # noqa: TID251
+from triton.backends.compiler import GPUTarget  # noqa: TID251
+from triton.compiler import ASTSource  # noqa: TID251
 
 from medmamba.kernels import triton as scan_triton
 from medmamba.kernels import triton_backward, triton_forward
@@ -118,7 +118,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = "i64" if value >= INT32_LIMIT else "i32"
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {key: launch.arguments[key] for key in ("num_warps", "enable_fp_fusion")}
+    keys = ("num_warps", "enable_fp_fusion", "maxnreg")
+    options = {key: launch.arguments[key] for key in keys if key in launch.arguments}
     source = ASTSource(
         fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
     )
@@ -158,9 +159,11 @@ def matrix(archs: list[str], dtypes: list[str], tuning: Tuning) -> list[Compiled
     """Every kernel for every architecture and type asked for."""
     return [
         measure(launch, arch, dtype)
-        for dtype in dtypes
-        for launch in launches_of(arguments_of(DTYPES[dtype]), tuning)
         for arch in archs
+        for dtype in dtypes
+        for launch in launches_of(
+            arguments_of(DTYPES[dtype]), replace(tuning, lanes=TARGETS[arch].warp_size)
+        )
     ]
 
 

@@ -14,7 +14,7 @@ triton_forward.py.
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
 # mypy: disable-error-code="untyped-decorator,assignment,no-untyped-def,no-untyped-call"
-# ruff: noqa: B007, RUF005
+# ruff: noqa: B007, RUF005, SIM102
 
 import triton  # noqa: TID251  (part of triton's door)
 import triton.language as tl  # noqa: TID251
@@ -38,46 +38,44 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def halve(values, lanes, K: tl.constexpr, BIT: tl.constexpr):
-    """One step of a reduce-scatter: lanes that differ in BIT swap halves of 2 K values and add."""
-    upper = (lanes & BIT) != 0
-    partner = lanes ^ BIT
-    halved = ()
-    for k in tl.static_range(K):
-        kept = tl.where(upper, values[k + K], values[k])
-        sent = tl.where(upper, values[k], values[k + K])
-        halved = halved + (kept + tl.gather(sent, partner, 0),)
-    return halved
+def fold(value, BD: tl.constexpr, LANE_BITS: tl.constexpr):
+    """Sum the channels that one thread holds: (BD,) to (lanes,)."""
+    return tl.sum(tl.reshape(value, [1 << LANE_BITS, BD >> LANE_BITS]), axis=1)
 
 
 @triton.jit
-def store_sums(
-    pointer,
-    values,
-    N: tl.constexpr,
-    BD: tl.constexpr,
-    LEVELS: tl.constexpr,
-    LANE_BITS: tl.constexpr,
-):
-    """Sum each of N vectors over the channels of the tile, in a fixed order, and store the N sums.
+def exchange(low, high, BIT: tl.constexpr, LANE_BITS: tl.constexpr):
+    """Add over two lanes that differ in BIT: `low` for the one without it, `high` for the other."""
+    lanes = tl.arange(0, 1 << LANE_BITS)
+    upper = (lanes & BIT) != 0
+    sent = tl.where(upper, low, high)
+    return tl.where(upper, high, low) + tl.gather(sent, lanes ^ BIT, 0)
 
-    A butterfly in which every exchange also halves the number of values (N + log2(lanes / N)
-    shuffles, against N log2(lanes) for N separate sums), so that each lane ends with one state.
-    N is at most 2 ** LEVELS, and 2 ** LANE_BITS lanes hold BD channels.
+
+@triton.jit
+def store_sums(pointer, pairs, N: tl.constexpr, LEVELS: tl.constexpr, LANE_BITS: tl.constexpr):
+    """Finish the sums of N states over the channels of the tile, in a fixed order, and store them.
+
+    A reduce-scatter: every exchange also halves the number of values, so that N + log2(lanes / N)
+    shuffles do what N separate sums do in N log2(lanes), and each lane ends with one state. The
+    first step, between even and odd states over the top bit of the lane, is made in `pairs`;
+    2 ** LEVELS is N rounded up and at least 2.
     """
     lanes = tl.arange(0, 1 << LANE_BITS)
-    sums = ()
-    for n in tl.static_range(N):
-        own = tl.reshape(values[n], [1 << LANE_BITS, BD >> LANE_BITS])
-        sums = sums + (tl.sum(own, axis=1),)
-    for n in tl.static_range(N, 1 << LEVELS):
+    sums = pairs
+    for k in tl.static_range((N + 1) // 2, 1 << (LEVELS - 1)):
         sums = sums + (tl.zeros([1 << LANE_BITS], tl.float32),)
-    for level in tl.static_range(LEVELS):
-        sums = halve(sums, lanes, 1 << (LEVELS - 1 - level), 1 << (LANE_BITS - 1 - level))
+    for level in tl.static_range(1, LEVELS):
+        halved = ()
+        for k in tl.static_range(1 << (LEVELS - 1 - level)):
+            high = sums[k + (1 << (LEVELS - 1 - level))]
+            halved = halved + (exchange(sums[k], high, 1 << (LANE_BITS - 1 - level), LANE_BITS),)
+        sums = halved
     total = sums[0]
     for level in tl.static_range(LEVELS, LANE_BITS):
         total += tl.gather(total, lanes ^ (1 << (LANE_BITS - 1 - level)), 0)
-    n = lanes >> (LANE_BITS - LEVELS)
+    pair = (lanes & ((1 << (LANE_BITS - 1)) - 1)) >> (LANE_BITS - LEVELS)
+    n = 2 * pair + (lanes >> (LANE_BITS - 1))
     first = (lanes & ((1 << (LANE_BITS - LEVELS)) - 1)) == 0
     tl.store(pointer + n, total, mask=first & (n < N))
 
@@ -104,6 +102,7 @@ def forward_pass(
     delta_sum,
     grad_C,
     grad_A,
+    grad_skip,
     length,
     window,
     chunk_length,
@@ -157,6 +156,7 @@ def forward_pass(
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
     rows = batch * length
+    TOP: tl.constexpr = 1 << (LANE_BITS - 1)
     if grad_C is not None:
         grad_C += ((tile * batches + batch) * length * groups + group) * N
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
@@ -173,6 +173,7 @@ def forward_pass(
         slope = slope + (tl.zeros([BD], tl.float32),)
     if states is not None:
         state = load_states(states + index * states_chunk + d, channels, mask, N, EVEN)
+    sum_skip = tl.zeros([BD], tl.float32)
     segments = tl.cdiv(last - first, segment)
     for s in range(segments):
         nth = s
@@ -210,10 +211,12 @@ def forward_pass(
             driven = dt * x
             elapsed += dt
             weighted = elapsed * grad_y
+            if grad_skip is not None:
+                sum_skip += grad_y * x
             total = tl.zeros([BD], tl.float32)
             moved = ()
             sloped = ()
-            shares = ()
+            pairs = ()
             for n in tl.static_range(N):
                 kept = tl.exp2(dt * A2[n]) * state[n]
                 h = kept + driven * b[n]
@@ -227,11 +230,17 @@ def forward_pass(
                 sloped = sloped + (slope[n] + weighted * shown,)
                 moved = moved + (h,)
                 if grad_C is not None:
-                    shares = shares + (grad_y * seen,)
+                    share = fold(grad_y * seen, BD, LANE_BITS)
+                    if n % 2 == 0:
+                        even = share
+                    else:
+                        pairs = pairs + (exchange(even, share, TOP, LANE_BITS),)
             state = moved
             slope = sloped
             if grad_C is not None:
-                store_sums(grad_C + row * groups * N, shares, N, BD, LEVELS, LANE_BITS)
+                if N % 2 == 1:
+                    pairs = pairs + (exchange(even, tl.zeros_like(even), TOP, LANE_BITS),)
+                store_sums(grad_C + row * groups * N, pairs, N, LEVELS, LANE_BITS)
             store(decay_sum + at, total, mask, EVEN)
             if y_out is not None:
                 store(y_out + at, y, mask, EVEN)
@@ -252,6 +261,8 @@ def forward_pass(
         store(delta_sum + at_segment, elapsed, mask, EVEN)
     for n in tl.static_range(N):
         store(grad_A + (index * N + n) * channels + d, slope[n], mask, EVEN)
+    if grad_skip is not None:
+        store(grad_skip + index * channels + d, sum_skip, mask, EVEN)
 
 
 @triton.jit
@@ -276,7 +287,6 @@ def reverse_pass(
     grad_delta,
     grad_B,
     grad_A,
-    grad_skip,
     grad_bias,
     grad_initial,
     length,
@@ -334,6 +344,7 @@ def reverse_pass(
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
     rows = batch * length
+    TOP: tl.constexpr = 1 << (LANE_BITS - 1)
     if grad_B is not None:
         grad_B += ((tile * batches + batch) * length * groups + group) * N
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
@@ -346,10 +357,9 @@ def reverse_pass(
     slope = ()
     for n in tl.static_range(N):
         carry = carry + (tl.zeros([BD], tl.float32),)
-        slope = slope + (load(grad_A + (index * N + n) * channels + d, mask, EVEN),)
+        slope = slope + (tl.zeros([BD], tl.float32),)
     if carries is not None:
         carry = load_states(carries + index * carries_chunk + d, channels, mask, N, EVEN)
-    sum_skip = tl.zeros([BD], tl.float32)
     sum_bias = tl.zeros([BD], tl.float32)
     segments = tl.cdiv(last - first, segment)
     for s in range(segments):
@@ -393,7 +403,7 @@ def reverse_pass(
             total = tl.zeros([BD], tl.float32)
             moved = ()
             sloped = ()
-            shares = ()
+            pairs = ()
             for n in tl.static_range(N):
                 g = carry[n] + dy * c[n]
                 felt = g
@@ -405,11 +415,17 @@ def reverse_pass(
                 sloped = sloped + (slope[n] - weighted * fed,)
                 moved = moved + (tl.exp2(dt * A2[n]) * g,)
                 if grad_B is not None:
-                    shares = shares + (driven * felt,)
+                    share = fold(driven * felt, BD, LANE_BITS)
+                    if n % 2 == 0:
+                        even = share
+                    else:
+                        pairs = pairs + (exchange(even, share, TOP, LANE_BITS),)
             carry = moved
             slope = sloped
             if grad_B is not None:
-                store_sums(grad_B + row * groups * N, shares, N, BD, LEVELS, LANE_BITS)
+                if N % 2 == 1:
+                    pairs = pairs + (exchange(even, tl.zeros_like(even), TOP, LANE_BITS),)
+                store_sums(grad_B + row * groups * N, pairs, N, LEVELS, LANE_BITS)
             running += dy * seen_sum - driven * total
             elapsed -= dt
             du = dt * pushed
@@ -420,7 +436,6 @@ def reverse_pass(
             if FINAL:
                 if skip is not None:
                     du += skip_row * dy
-                    sum_skip += dy * x
                 if SOFTPLUS:
                     ddt *= tl.where(positive, 1.0, e) / (1.0 + e)
                 sum_bias += ddt
@@ -429,8 +444,6 @@ def reverse_pass(
     for n in tl.static_range(N):
         store(grad_A + (index * N + n) * channels + d, slope[n], mask, EVEN)
     if FINAL:
-        if skip is not None:
-            store(grad_skip + index * channels + d, sum_skip, mask, EVEN)
         if delta_bias is not None:
             store(grad_bias + index * channels + d, sum_bias, mask, EVEN)
     if grad_initial is not None:

@@ -17,6 +17,8 @@ MAX_CHUNK = 4096
 MAX_TRAINED_CHUNK = 512  # the running sum of the backward is anchored at least this often
 STATE_BLOCK = 16  # states one program keeps in registers; more are walked block by block
 WIDE_TILE, NARROW_TILE = 64, 32
+BACKWARD_REGISTERS = 192  # ten warps on a multiprocessor, and nothing spills
+NVIDIA_LANES, AMD_LANES = 32, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Tuning:
         backward_tile: the same for the two passes of the backward.
         chunk: tokens of one program.
         state_block: states of one program, at most 32.
+        registers: most registers of one thread in the two passes of the backward.
         lanes: threads of a warp.
     """
 
@@ -35,7 +38,8 @@ class Tuning:
     backward_tile: int | None = None
     chunk: int | None = None
     state_block: int = STATE_BLOCK
-    lanes: int = 32 if torch.version.hip is None else 64
+    registers: int | None = BACKWARD_REGISTERS
+    lanes: int = NVIDIA_LANES if torch.version.hip is None else AMD_LANES
 
 
 DEFAULT = Tuning()

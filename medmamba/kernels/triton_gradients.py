@@ -59,22 +59,21 @@ class _Backward:
         scan, arguments, final = self.scan, self.scan.arguments, leg is self.legs[-1]
         carries = scan.entering_carries(leg, self.grad_out, grad_h_last)
         shape = (arguments.batch, leg.cut.chunks)
+        if final:
+            self._reserve("skip", (*shape, arguments.channels))
+            self._reserve("delta_bias", (*shape, arguments.channels))
         segments = (*shape, leg.cut.segments_per_chunk, arguments.channels)
         anchor, delta_sum = scan.float(*segments), scan.float(*segments)
-        grad_A = scan.float(*shape, leg.last - leg.first, arguments.channels)
+        grad_A = scan.float(2, *shape, leg.last - leg.first, arguments.channels)
         self._forward_pass(
             leg,
             states=self._entering_states(leg, states),
             carries=carries,
             anchor=anchor,
             delta_sum=delta_sum,
-            grad_A=grad_A,
+            grad_A=grad_A[0],
         )
         grad_B = self._projection("B", leg)
-        per_chunk = (*shape, arguments.channels)
-        if final:
-            self._reserve("skip", per_chunk)
-            self._reserve("delta_bias", per_chunk)
         target_u, target_delta = self._targets(final)
         grad_initial = self.grad_initial if leg.causal else None
         scan.reverse_pass(
@@ -91,12 +90,11 @@ class _Backward:
             grad_u=target_u,
             grad_delta=target_delta,
             grad_B=grad_B,
-            grad_A=grad_A,
-            grad_skip=self.parameters.get("skip"),
+            grad_A=grad_A[1],
             grad_bias=self.parameters.get("delta_bias"),
         )
         self.partial_u, self.partial_delta = target_u, target_delta
-        self.slopes.append((leg, grad_A.sum((0, 1)).mT))
+        self.slopes.append((leg, grad_A.sum((0, 1, 2)).mT))
 
     def gradients(self) -> Gradients:
         """Reduce what the programs wrote, in a fixed order."""
@@ -137,6 +135,7 @@ class _Backward:
             grad_gate=self.grad_gate if final else None,
             decay_sum=self.decay_sum,
             grad_C=self._projection("C", leg),
+            grad_skip=self.parameters.get("skip"),
             with_skip=final,
             **buffers,
         )

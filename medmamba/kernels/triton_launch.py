@@ -13,6 +13,7 @@ from torch import Tensor
 from medmamba.kernels import triton_backward, triton_forward
 from medmamba.kernels.arguments import ScanArguments, empty_rows, is_channels_first
 from medmamba.kernels.triton_cut import (
+    NVIDIA_LANES,
     Leg,
     Tuning,
     group_channels,
@@ -195,6 +196,7 @@ class Scan:
             carries_chunk=0 if carries is None else carries.stride(1),
             DESCEND=leg.descend,
             EXCLUSIVE=leg.exclusive,
+            **self._registers(),
             **OPTIONS,
         )
 
@@ -226,6 +228,7 @@ class Scan:
             DESCEND=leg.descend,
             EXCLUSIVE=leg.exclusive,
             FINAL=final,
+            **self._registers(),
             **OPTIONS,
         )
 
@@ -273,10 +276,15 @@ class Scan:
         }
         return (arguments.batch * cut.chunks * arguments.groups * tiles,), sizes
 
+    def _registers(self) -> dict[str, int]:
+        """A cap, without which the assembler of NVIDIA doubles what the passes need."""
+        cap = self.tuning.registers
+        return {} if cap is None or self.tuning.lanes != NVIDIA_LANES else {"maxnreg": cap}
+
     def _reduction(self, leg: Leg, tile: int) -> dict[str, int]:
         """Steps of the sums over the channels of a tile."""
         return {
-            "LEVELS": (leg.last - leg.first - 1).bit_length(),
+            "LEVELS": max((leg.last - leg.first - 1).bit_length(), 1),
             "LANE_BITS": min(self.tuning.lanes, tile).bit_length() - 1,
         }
 
