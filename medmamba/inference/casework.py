@@ -9,22 +9,23 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
 from medmamba.dataset import Case, Rejection, load_case, safe_id
 from medmamba.errors import GeometryError, InputError, MedMambaError
 from medmamba.files import hash_file, to_json, write_atomic
-from medmamba.inference.draining import CaseAbandonedError, DrainRequest, Stopwatch
+from medmamba.inference.draining import CaseAbandonedError, DrainRequest
+from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run
 from medmamba.inference.records import (
     CaseError,
     CommitRecord,
-    InputIdentity,
     LabelStatistics,
     ModelIdentity,
     OutputFile,
@@ -36,80 +37,19 @@ from medmamba.inference.records import (
     still_holds,
     work_key,
 )
-from medmamba.io import DEFAULT_GATE, FORMATS, Gate, SourceHeader, write_labels
-from medmamba.labels import LabelMap
-from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
-from medmamba.volume import Volume
+from medmamba.io import (
+    DEFAULT_GATE,
+    FORMATS,
+    Gate,
+    SourceHeader,
+    read_header,
+    write_labels,
+)
 
 logger = logging.getLogger(__name__)
 
-
-class InferredLogits(Protocol):
-    """What a network made of a case."""
-
-    @property
-    def logits(self) -> Any:
-        """(K, d, h, w) on the working grid, on the CPU."""
-
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """What had to be done differently than asked for."""
-
-
-class CasePredictor(Protocol):
-    """What the engine needs of ``predictor.Predictor``; tests give it something simpler."""
-
-    label_map: LabelMap
-
-    @property
-    def channels(self) -> int:
-        """Image channels a case must have."""
-
-    def parameters(self) -> dict[str, Any]:
-        """Everything that decides which labels come out, as JSON values."""
-
-    def numerics(self) -> dict[str, Any]:
-        """What computes, as JSON values that go into records."""
-
-    def prepare(self, image: Volume) -> PreprocessedCase:
-        """Bring an image to the working grid."""
-
-    def infer(
-        self, prepared: PreprocessedCase, *, on_tiles: Callable[[int, int], None] | None = None
-    ) -> InferredLogits:
-        """Run the networks."""
-
-    def restore(self, logits: Any, record: UndoRecord) -> NDArray[Any]:
-        """Turn logits into labels (D, H, W) on the raw image's grid."""
-
-
-@dataclass(kw_only=True)
-class Job:
-    """A case on its way; a record ends it, and later stages then pass it on untouched."""
-
-    case: Case
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    inputs: tuple[InputIdentity, ...] = ()
-    key: str = ""
-    header: SourceHeader | None = None
-    prepared: PreprocessedCase | None = None
-    undo: UndoRecord | None = None
-    inferred: InferredLogits | None = None
-    record: CommitRecord | None = None
-    short_of_memory: bool = False
-    abandoned: bool = False
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing remains to be done."""
-        return self.record is not None or self.abandoned
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of the arrays that the job holds."""
-        prepared = 0 if self.prepared is None else self.prepared.data.nbytes
-        logits = 0 if self.inferred is None else int(self.inferred.logits.nbytes)
-        return prepared + logits
+BYTES_PER_VOXEL_READ = 8
+"""A float32 image and its preprocessed copy; resampling to a finer grid takes more."""
 
 
 class CaseWork:
@@ -149,6 +89,15 @@ class CaseWork:
                 with job.watch.time("preprocess"):
                     job.prepared = self._predictor.prepare(image)
         return job
+
+    def expected_bytes(self, case: Case) -> int:
+        """Return the memory that reading a case will take, as far as its headers say."""
+        try:
+            headers = [read_header(path, gate=self._gate) for path in case.images]
+        except (MedMambaError, OSError):
+            return 0  # reading it will say what is wrong
+        voxels = sum(prod(header.geometry.shape) * header.channels for header in headers)
+        return voxels * BYTES_PER_VOXEL_READ
 
     def infer(self, job: Job, drain: DrainRequest) -> Job:
         """Run the networks, unless a signal asks to stop and the case would take too long."""

@@ -16,8 +16,9 @@ from typing import Literal
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder
-from medmamba.inference.casework import CasePredictor, CaseWork, Job
+from medmamba.inference.casework import CaseWork
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
+from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run, sweep_temporary_files
 from medmamba.inference.records import CommitRecord, ModelIdentity
 from medmamba.io import DEFAULT_GATE, Gate
@@ -189,7 +190,7 @@ class _Batch:
             job = upcoming.result() if upcoming else self._work.read(case)
             upcoming = None
             following = cases[index + 1] if index + 1 < len(cases) else None
-            if following is not None and job.memory_bytes < self._prefetch_bytes:
+            if following is not None and self._fits_beside(job, following):
                 upcoming = reader.submit(self._work.read, following)
             job = self._work.infer(job, self._drain)
             if exporting is not None:
@@ -197,6 +198,9 @@ class _Batch:
             exporting = writer.submit(self._work.export, job)
         if exporting is not None:
             self._settle(exporting.result())
+
+    def _fits_beside(self, job: Job, following: Case) -> bool:
+        return job.memory_bytes + self._work.expected_bytes(following) < self._prefetch_bytes
 
     def _settle(self, job: Job, *, last_try: bool = False) -> None:
         if job.short_of_memory and not last_try:

@@ -89,7 +89,8 @@ def predict_logits(
     """
     device = device or image.device
     padding = padding_to(tuple(image.shape[1:]), patch_size)
-    padded = functional.pad(image, [edge for pair in reversed(padding) for edge in pair])
+    edges = [edge for pair in reversed(padding) for edge in pair]
+    padded = functional.pad(image, edges) if any(edges) else image
     shape = tuple(padded.shape[1:])
     origins = tile_origins(shape, patch_size, step)
     flips = flip_sets(mirror_axes)

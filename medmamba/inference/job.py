@@ -1,0 +1,83 @@
+"""A case on its way through prediction, and what the engine needs of a predictor. No torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from medmamba.dataset import Case
+from medmamba.inference.draining import Stopwatch
+from medmamba.inference.records import CommitRecord, InputIdentity
+from medmamba.io import SourceHeader
+from medmamba.labels import LabelMap
+from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
+from medmamba.volume import Volume
+
+
+class InferredLogits(Protocol):
+    """What a network made of a case."""
+
+    @property
+    def logits(self) -> Any:
+        """(K, d, h, w) on the working grid, on the CPU."""
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What had to be done differently than asked for."""
+
+
+class CasePredictor(Protocol):
+    """What the engine needs of ``predictor.Predictor``; tests give it something simpler."""
+
+    label_map: LabelMap
+
+    @property
+    def channels(self) -> int:
+        """Image channels a case must have."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Everything that decides which labels come out, as JSON values."""
+
+    def numerics(self) -> dict[str, Any]:
+        """What computes, as JSON values that go into records."""
+
+    def prepare(self, image: Volume) -> PreprocessedCase:
+        """Bring an image to the working grid."""
+
+    def infer(
+        self, prepared: PreprocessedCase, *, on_tiles: Callable[[int, int], None] | None = None
+    ) -> InferredLogits:
+        """Run the networks."""
+
+    def restore(self, logits: Any, record: UndoRecord) -> NDArray[Any]:
+        """Turn logits into labels (D, H, W) on the raw image's grid."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A case on its way; a record ends it, and later stages then pass it on untouched."""
+
+    case: Case
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    inputs: tuple[InputIdentity, ...] = ()
+    key: str = ""
+    header: SourceHeader | None = None
+    prepared: PreprocessedCase | None = None
+    undo: UndoRecord | None = None
+    inferred: InferredLogits | None = None
+    record: CommitRecord | None = None
+    short_of_memory: bool = False
+    abandoned: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing remains to be done."""
+        return self.record is not None or self.abandoned
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the arrays that the job holds."""
+        prepared = 0 if self.prepared is None else self.prepared.data.nbytes
+        logits = 0 if self.inferred is None else int(self.inferred.logits.nbytes)
+        return prepared + logits
