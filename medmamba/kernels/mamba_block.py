@@ -21,7 +21,10 @@ from torch.nn import functional
 from medmamba.kernels.causal_conv import causal_conv_silu
 from medmamba.kernels.operator import selective_scan
 
-CPU_CHUNK_VALUES = 1 << 17
+STREAM_FROM_VALUES = 1 << 24
+"""Inner values (B·L·E) from which a block is streamed. Below, its intermediates take at most about
+256 MB in bfloat16, and computing them a second time would cost more than it saves."""
+CPU_CHUNK_VALUES = 1 << 18
 """Inner values (B·tokens·E) of a chunk, whose intermediates then fit an L2 cache of 1 to 2 MB."""
 GPU_CHUNK_VALUES = 1 << 24
 """On a GPU a chunk must fill the device; 32 MB in bfloat16 per intermediate."""
@@ -91,9 +94,12 @@ def mamba_block(
 
 
 def chunk_length(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> int:
-    """Return the tokens of a chunk: a function of shapes and device alone, never of a timing."""
+    """Return the tokens of a chunk, 0 for a block too small to stream; never follows a timing."""
+    inner = weights.A_log.shape[0]
+    if tokens.shape[0] * tokens.shape[1] * inner < STREAM_FROM_VALUES:
+        return 0
     values = CPU_CHUNK_VALUES if tokens.device.type == "cpu" else GPU_CHUNK_VALUES
-    count = values // max(1, tokens.shape[0] * weights.A_log.shape[0])
+    count = values // max(1, tokens.shape[0] * inner)
     unit = segment or MINIMUM_CHUNK
     return max(MINIMUM_CHUNK, count) // unit * unit or unit
 
