@@ -52,6 +52,10 @@ BYTES_PER_VOXEL_READ = 8
 """A float32 image and its preprocessed copy; resampling to a finer grid takes more."""
 
 
+OnTiles = Callable[[str, int, int], None]
+"""Called within a case with (case id, tiles done, tiles in all)."""
+
+
 class CaseWork:
     """The stages of a case, for one model and one output folder."""
 
@@ -64,6 +68,7 @@ class CaseWork:
         run: Run,
         overwrite: str,
         gate: Gate = DEFAULT_GATE,
+        on_tiles: OnTiles | None = None,
     ) -> None:
         self._folder = folder
         self._predictor = predictor
@@ -71,6 +76,7 @@ class CaseWork:
         self._run = run
         self._overwrite = overwrite
         self._gate = gate
+        self._on_tiles = on_tiles
         self._parameters = predictor.parameters()
         self._numerics = predictor.numerics()
 
@@ -106,9 +112,21 @@ class CaseWork:
         with _Guard(self, job, "infer"), job.watch.time("infer"):
             assert job.prepared is not None
             job.undo = job.prepared.record
-            job.inferred = self._predictor.infer(job.prepared, on_tiles=_watchful(drain))
+            job.inferred = self._predictor.infer(
+                job.prepared, on_tiles=self._watch(job.case.id, drain)
+            )
         job.prepared = None
         return job
+
+    def _watch(self, case_id: str, drain: DrainRequest) -> Callable[[int, int], None]:
+        start = time.monotonic()
+
+        def after_tiles(done: int, total: int) -> None:
+            if self._on_tiles is not None:
+                self._on_tiles(case_id, done, total)
+            drain.check(done=done, total=total, elapsed_s=time.monotonic() - start)
+
+        return after_tiles
 
     def export(self, job: Job) -> Job:
         """Write mask and record."""
@@ -283,10 +301,3 @@ def _warnings(job: Job, labels: tuple[LabelStatistics, ...]) -> tuple[str, ...]:
     if labels and not any(item.voxels for item in labels):
         warnings.append("W_MASK_EMPTY: the networks found no label anywhere")
     return tuple(warnings)
-
-
-def _watchful(drain: DrainRequest) -> Callable[[int, int], None]:
-    start = time.monotonic()
-    return lambda done, total: drain.check(
-        done=done, total=total, elapsed_s=time.monotonic() - start
-    )

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -70,20 +69,3 @@ def drain_on_signals(grace_s: float = DEFAULT_GRACE_S) -> Iterator[DrainRequest]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Stopwatch:
-    """Seconds per named stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        """Add the duration of the block to ``stage``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 4)

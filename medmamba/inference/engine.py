@@ -16,7 +16,7 @@ from typing import Literal
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder
-from medmamba.inference.casework import CaseWork
+from medmamba.inference.casework import CaseWork, OnTiles
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
 from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run, sweep_temporary_files
@@ -78,6 +78,7 @@ def predict_cases(
     prefetch_bytes: int = PREFETCH_BYTES,
     gate: Gate = DEFAULT_GATE,
     on_case: OnCase | None = None,
+    on_tiles: OnTiles | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, and a summary of the run.
 
@@ -94,7 +95,8 @@ def predict_cases(
         grace_s: a case that will be done within this time after a signal is finished.
         prefetch_bytes: memory up to which the next case is read ahead.
         gate: limits and permissions of reading.
-        on_case: progress.
+        on_case: called per finished case.
+        on_tiles: called within a case, for those that take long.
 
     Raises:
         EnvironmentFault: the folder cannot be written.
@@ -107,7 +109,15 @@ def predict_cases(
     run = Run(folder)
     total = len(cases) + len(rejected)
     run.log("started", cases=total, rejected=len(rejected), parameters=predictor.parameters())
-    work = CaseWork(folder, predictor, model=model, run=run, overwrite=overwrite, gate=gate)
+    work = CaseWork(
+        folder,
+        predictor,
+        model=model,
+        run=run,
+        overwrite=overwrite,
+        gate=gate,
+        on_tiles=on_tiles,
+    )
     with drain_on_signals(grace_s) as drain:
         batch = _Batch(
             work,

@@ -1,13 +1,14 @@
 """A case on its way through prediction, and what the engine needs of a predictor. No torch."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from medmamba.dataset import Case
-from medmamba.inference.draining import Stopwatch
 from medmamba.inference.records import CommitRecord, InputIdentity
 from medmamba.io import SourceHeader
 from medmamba.labels import LabelMap
@@ -52,6 +53,23 @@ class CasePredictor(Protocol):
 
     def restore(self, logits: Any, record: UndoRecord) -> NDArray[Any]:
         """Turn logits into labels (D, H, W) on the raw image's grid."""
+
+
+class Stopwatch:
+    """Seconds per named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the duration of the block to ``stage``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 4)
 
 
 @dataclass(kw_only=True)

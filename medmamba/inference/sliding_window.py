@@ -101,7 +101,7 @@ def predict_logits(
         for first in range(0, len(origins), per_pass):
             chosen = origins[first : first + per_pass]
             tiles = torch.stack([_cut(padded, at, patch_size) for at in chosen])
-            logits = _mirrored(network, tiles.to(device), flips, batch=tile_batch)
+            logits = _mirrored(network, tiles.to(device), flips, batch=tile_batch, half=compat)
             for origin, tile in zip(chosen, logits, strict=True):
                 sums.add(origin, tile)
             if on_tiles is not None:
@@ -147,17 +147,26 @@ class _Accumulator:
 
 
 def _mirrored(
-    network: nn.Module, tiles: Tensor, flips: tuple[tuple[int, ...], ...], *, batch: int
+    network: nn.Module,
+    tiles: Tensor,
+    flips: tuple[tuple[int, ...], ...],
+    *,
+    batch: int,
+    half: bool,
 ) -> Tensor:
-    """Mean logits over flips, (T, K, *patch); several flips share a pass where ``batch`` allows."""
+    """Mean logits over flips, (T, K, *patch); several flips share a pass where ``batch`` allows.
+
+    They are summed in float32, or with ``half`` in whatever autocast gives, as nnU-Net does.
+    """
     count = tiles.shape[0]
     flips_per_pass = max(1, batch // count)
     total: Tensor | None = None
     for first in range(0, len(flips), flips_per_pass):
         chosen = [_spatial(axes) for axes in flips[first : first + flips_per_pass]]
         inputs = torch.cat([tiles.flip(axes) if axes else tiles for axes in chosen])
-        outputs = torch.split(_highest_resolution(network(inputs)).float(), count)
-        for axes, output in zip(chosen, outputs, strict=True):
+        outputs = _highest_resolution(network(inputs))
+        parts = torch.split(outputs if half else outputs.float(), count)
+        for axes, output in zip(chosen, parts, strict=True):
             straight = output.flip(axes) if axes else output
             total = straight if total is None else total.add_(straight)
     assert total is not None

@@ -303,6 +303,22 @@ def test_max_failures_stops_early(tmp_path: Path) -> None:
     assert 2 <= len(run.records) < 5
 
 
+def test_long_cases_can_be_watched(tmp_path: Path) -> None:
+    def in_two_steps(mark: float, on_tiles: Any) -> None:
+        on_tiles(1, 2)
+        on_tiles(2, 2)
+
+    seen: list[tuple[str, int, int]] = []
+    predict_cases(
+        [image(tmp_path / "in", "a")],
+        tmp_path / "out",
+        ThresholdPredictor(on_infer=in_two_steps),
+        model=MODEL,
+        on_tiles=lambda *now: seen.append(now),
+    )
+    assert seen == [("a", 1, 2), ("a", 2, 2)]
+
+
 def test_the_run_folder_tells_the_story(tmp_path: Path) -> None:
     cases = [image(tmp_path / "in", name, seed=i) for i, name in enumerate(["a", "-b"])]
     cases[1].images[0].write_bytes(b"rubbish")
