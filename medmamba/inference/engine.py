@@ -107,8 +107,6 @@ def predict_cases(
     require_writable_folder(folder)
     sweep_temporary_files(folder)
     run = Run(folder)
-    total = len(cases) + len(rejected)
-    run.log("started", cases=total, rejected=len(rejected), parameters=predictor.parameters())
     work = CaseWork(
         folder,
         predictor,
@@ -118,7 +116,10 @@ def predict_cases(
         gate=gate,
         on_tiles=on_tiles,
     )
-    with drain_on_signals(grace_s) as drain:
+    total = len(cases) + len(rejected)
+    context = {"model": model, "parameters": predictor.parameters(), "overwrite": overwrite}
+    with run, drain_on_signals(grace_s) as drain:
+        run.log("started", cases=total, rejected=len(rejected))
         batch = _Batch(
             work,
             drain,
@@ -127,14 +128,9 @@ def predict_cases(
             max_failures=max_failures,
             prefetch_bytes=prefetch_bytes,
         )
-        try:
-            batch.run(cases, rejected)
-            exit_code = drain.exit_code or _exit_code(batch.records, fail_on)
-            run.log("ended", exit_code=exit_code)
-            context = {"model": model, "parameters": predictor.parameters(), "overwrite": overwrite}
-            run.finish(batch.records, context=context, exit_code=exit_code)
-        finally:
-            run.close()
+        batch.run(cases, rejected)
+        exit_code = drain.exit_code or _exit_code(batch.records, fail_on)
+        run.finish(batch.records, context=context, exit_code=exit_code)
     return PredictionRun(
         folder=folder,
         run_id=run.run_id,

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from medmamba import __version__
@@ -48,7 +49,7 @@ def new_run_id() -> str:
 
 
 class Run:
-    """One run's folder, opened for writing.
+    """One run's folder, opened for writing; leaving its context says that the run is over.
 
     Args:
         folder: where masks go; the run's own folder is made inside.
@@ -70,6 +71,17 @@ class Run:
             (self.folder / LIVE_MARKER).write_text(marker, encoding="utf-8")
         except OSError as error:
             raise _not_writable(self.folder, error) from error
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        (self.folder / LIVE_MARKER).unlink(missing_ok=True)
 
     def log(self, event: str, **values: Any) -> None:
         """Append one event, durably.
@@ -100,7 +112,8 @@ class Run:
     def finish(
         self, records: Sequence[CommitRecord], *, context: Mapping[str, Any], exit_code: int
     ) -> None:
-        """Write ``summary.csv`` and ``manifest.json``."""
+        """Write the last event, ``summary.csv`` and ``manifest.json``."""
+        self.log("ended", exit_code=exit_code)
         write_atomic(self.folder / "summary.csv", to_csv(SUMMARY_COLUMNS, _rows(records)))
         counts: dict[str, int] = {}
         for record in records:
@@ -126,10 +139,6 @@ class Run:
             "journal_sha256": self._previous,
         }
         write_atomic(self.folder / "manifest.json", to_json(manifest))
-
-    def close(self) -> None:
-        """Say that this run is over."""
-        (self.folder / LIVE_MARKER).unlink(missing_ok=True)
 
 
 def sweep_temporary_files(folder: Path) -> int:
