@@ -95,7 +95,10 @@ def _blur(data: Tensor, sigmas: Sequence[tuple[float, ...] | None]) -> Tensor:
 
 def _gaussian(sigma: float) -> Tensor:
     # Sampled like nnU-Net's; MONAI's default integrates over voxels, which blurs more.
-    return gaussian_1d(torch.tensor(sigma), truncated=4.0, approx="sampled", normalize=True)
+    kernel: Tensor = gaussian_1d(
+        torch.tensor(sigma), truncated=4.0, approx="sampled", normalize=True
+    )
+    return kernel
 
 
 def _contrast(data: Tensor, factors: Sequence[float]) -> Tensor:

@@ -151,8 +151,8 @@ class TimeSchedule:
     """A run laid out over measured time.
 
     Epochs are slices of the budget that include validation and saving. The first step, which pays
-    for compiling and packing, is left out of every estimate, and the learning rate starts its way
-    after it.
+    for compiling and packing, is left out of every estimate; slices and the way of the learning
+    rate begin after it. A resumed run takes both as if they had begun with the run.
 
     Args:
         budget_s: for everything, final validation and saving included.
@@ -166,7 +166,8 @@ class TimeSchedule:
         self._budget_s = budget_s
         self._steps_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._overheads_s: deque[float] = deque(maxlen=3)
-        self._begin_s: float | None = None
+        self._begin_s = 0.0
+        self._warm = False
         self._fraction = 0.0
 
     @property
@@ -188,16 +189,16 @@ class TimeSchedule:
         """See ``Schedule``; an epoch has one step at least."""
         if steps == 0:
             return True
-        end = self._budget_s * (epoch + 1) / self.epochs
+        share = (epoch + 1) / self.epochs
+        end = self._begin_s + (self._budget_s - self._begin_s) * share
         # Slices are kept on average, the end of the budget always.
         step = self._step_s if epoch + 1 >= self.epochs else self._step_s / 2
         return self._clock.elapsed_s() + step + self._overhead_s <= end
 
     def learning_rate(self, epoch: int, steps: int) -> float:
         """Rate by the share of the training time that is used up."""
-        if self._begin_s is not None:
-            last = self._budget_s - self._overhead_s
-            length = max(last - self._begin_s, 1e-9)
+        if self._warm or self._clock.before_s > 0:
+            length = max(self._budget_s - self._overhead_s - self._begin_s, 1e-9)
             done = (self._clock.elapsed_s() - self._begin_s) / length
             self._fraction = max(self._fraction, min(done, 1.0))
         return learning_rate(self._recipe, self._fraction)
@@ -212,10 +213,11 @@ class TimeSchedule:
 
     def step_took(self, seconds: float) -> None:
         """See ``Schedule``."""
-        if self._begin_s is None:
-            self._begin_s = self._clock.elapsed_s()
-        else:
+        if self._warm:
             self._steps_s.append(seconds)
+        elif self._clock.before_s == 0:
+            self._begin_s = self._clock.elapsed_s()
+        self._warm = True
 
     def overhead_took(self, seconds: float) -> None:
         """See ``Schedule``."""

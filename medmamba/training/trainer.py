@@ -10,19 +10,14 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
 
-from medmamba.dataset import Split
 from medmamba.errors import CheckpointError, TrainingError
-from medmamba.files import hash_values, require_writable_folder, to_plain
-from medmamba.labels import LabelMap
+from medmamba.files import require_writable_folder, to_plain
 from medmamba.networks import build_network
-from medmamba.networks.spec import NetworkSpec
 from medmamba.preprocessing.store import CaseStore
 from medmamba.training import checkpoint as checkpoints
 from medmamba.training.checkpoint import BEST, LATEST, RunState
@@ -32,15 +27,18 @@ from medmamba.training.loading import BatchLoader
 from medmamba.training.precision import (
     choose_precision,
     deterministic_algorithms,
+    keep_freed_memory,
     resolve_device,
 )
 from medmamba.training.progress import EpochReport, RunLog, memory_gb, write_run_record
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sampling import Batch, PatchSampler, SamplingSettings, Stream
 from medmamba.training.schedule import Clock, make_schedule
+from medmamba.training.setup import TrainingResult, TrainingSetup
 from medmamba.training.stepping import Stepper
 from medmamba.training.validation import Validation, validate
-from medmamba.volume import Grid
+
+__all__ = ["TrainingResult", "TrainingSetup", "batch_size_on", "train_fold"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,84 +52,6 @@ BAD_STEPS_ALLOWED = 10
 
 CURVES_EVERY_S = 300.0
 """Drawing costs about a second, so curves are redrawn this often, and at the end."""
-
-HASH_LENGTH = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSetup:
-    """One fold to train.
-
-    Args:
-        run_folder: where checkpoints, log and curves go.
-        store_folder: preprocessed cases.
-        split: cases to train on and to validate with.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
-        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
-        max_time_s: budget for everything, instead of the recipe's epochs and iterations.
-        deterministic: bit-exact on GPUs too; CPU runs always are.
-        outside_is_zero_channels: channels normalised inside a mask, set to 0 outside it.
-        extend: a resumed run may get another length than it began with.
-    """
-
-    run_folder: Path
-    network: NetworkSpec
-    grid: Grid
-    recipe: TrainingRecipe
-    label_map: LabelMap
-    store_folder: Path
-    split: Split
-    device: str = "auto"
-    precision: str = "auto"
-    seed: int = 0
-    max_time_s: float | None = None
-    deterministic: bool = False
-    outside_is_zero_channels: tuple[int, ...] = ()
-    extend: bool = False
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What must be equal for a checkpoint to be of this run."""
-        recipe = {k: v for k, v in to_plain(self.recipe).items() if k not in _LENGTH_KEYS}
-        values = {
-            "plan": [self.network, self.grid, self.label_map],
-            "recipe": recipe,
-            "split": self.split,
-        }
-        hashes = {k: hash_values(to_plain(v))[:HASH_LENGTH] for k, v in values.items()}
-        return {"network": self.network.name, **hashes, "seed": str(self.seed)}
-
-    @property
-    def length(self) -> str:
-        """The schedule's length in words."""
-        if self.max_time_s is not None:
-            return f"{self.max_time_s:g} s"
-        return f"{self.recipe.epochs} epochs of {self.recipe.iterations} iterations"
-
-
-_LENGTH_KEYS = ("epochs", "iterations")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """What a finished run left.
-
-    Args:
-        epochs, iterations: done in all.
-        dice: validation Dice of patches after the last epoch.
-        best_dice: highest smoothed validation Dice.
-        latest, best: checkpoints; see ``checkpoint.prediction_weights``.
-    """
-
-    run_folder: Path
-    epochs: int
-    iterations: int
-    dice: float
-    best_dice: float
-    elapsed_s: float
-    latest: Path
-    best: Path
-    precision: str
 
 
 def train_fold(
@@ -155,6 +75,7 @@ def train_fold(
     """
     clock = Clock()
     require_writable_folder(setup.run_folder)
+    keep_freed_memory()
     deterministic = deterministic_algorithms(setup.deterministic)
     with stop_on_signals() as stop, deterministic:
         run = _FoldRun(setup, clock, resume=resume)
