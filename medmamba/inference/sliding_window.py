@@ -113,7 +113,11 @@ def predict_logits(
 
 
 class _Accumulator:
-    """Weighted sums of overlapping tiles."""
+    """Weighted sums of overlapping tiles, divided as soon as no later tile can reach a slab.
+
+    Tiles come with ascending first index, so weights are needed for as many planes as one tile
+    has, however long the image is.
+    """
 
     def __init__(
         self,
@@ -124,26 +128,40 @@ class _Accumulator:
         device: torch.device,
     ) -> None:
         importance = torch.from_numpy(importance_map(patch_size).copy())
-        self._importance = importance.to(device=device, dtype=dtype)
-        self._patch_size = patch_size
+        # A tile of a 2D network is a slab of one plane.
+        self._slab = (1,) * (len(shape) - len(patch_size)) + patch_size
+        self._importance = importance.to(device=device, dtype=dtype).view(self._slab)
         self._shape = shape
-        self._weights = torch.zeros(shape, dtype=dtype, device=device)
+        self._start = 0
+        self._weights = torch.zeros((self._slab[0], *shape[1:]), dtype=dtype, device=device)
         self._logits: Tensor | None = None
 
     def add(self, origin: tuple[int, ...], tile: Tensor) -> None:
         """Add one tile of logits (K, *patch)."""
         if self._logits is None:
-            size = (tile.shape[0], *self._shape)
-            self._logits = self._weights.new_zeros(size)
-        region = _region(origin, self._patch_size)
+            self._logits = self._weights.new_zeros((tile.shape[0], *self._shape))
+        self._finish(origin[0])
+        tile = tile.to(self._weights.device).reshape(-1, *self._slab)
+        region = _region(origin, self._slab)
         # The product is rounded only when it is added, also in compat mode, as nnU-Net does.
-        self._logits[(slice(None), *region)] += tile.to(self._weights.device) * self._importance
-        self._weights[region] += self._importance
+        self._logits[(slice(None), *region)] += tile * self._importance
+        self._weights[(slice(None), *region[1:])] += self._importance
 
     def mean(self) -> Tensor:
         """Return the weighted mean, in place of the sums."""
         assert self._logits is not None
-        return self._logits.div_(self._weights)
+        self._finish(self._shape[0])
+        return self._logits
+
+    def _finish(self, until: int) -> None:
+        """Divide the planes before ``until``, and move the weights on to it."""
+        count = until - self._start
+        if count == 0:
+            return
+        assert self._logits is not None
+        self._logits[:, self._start : until] /= self._weights[:count]
+        self._weights = torch.cat([self._weights[count:], torch.zeros_like(self._weights[:count])])
+        self._start = until
 
 
 def _mirrored(

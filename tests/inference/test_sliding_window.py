@@ -64,6 +64,22 @@ def test_a_2d_network_sees_every_slice() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_weights_take_no_more_memory_in_longer_images(dimension: int) -> None:
+    from medmamba.inference.sliding_window import _Accumulator
+
+    patch = (4, 8, 8)[-dimension:]
+    held = []
+    for length in (8, 80):
+        sums = _Accumulator((length, 8, 8), patch, dtype=torch.float32, device=torch.device("cpu"))
+        starts = range(length) if dimension == 2 else tile_starts(length, 4, 0.5)
+        for start in starts:
+            sums.add((start, 0, 0), torch.full((2, *patch), float(start % 2)))
+        held.append(sums._weights.nbytes)
+        assert torch.isfinite(sums.mean()).all()
+    assert held[0] == held[1]
+
+
 def test_small_images_are_padded_and_cropped_back() -> None:
     network = position_dependent(3)
     image = torch.randn(1, 5, 7, 8, generator=torch.Generator().manual_seed(4))
