@@ -150,14 +150,27 @@ def spline_operator(
     old: int, new: int, order: int, dtype: type[np.floating] = np.float64
 ) -> AxisOperator:
     """Build the operator that takes ``old`` samples to ``new`` along one axis."""
-    matrix = _spline_matrix(old, new, order)
+    return _banded(_spline_matrix(old, new, order), dtype)
+
+
+def partial_operator(
+    old: int, new: int, order: int, rows: slice, dtype: type[np.floating]
+) -> tuple[AxisOperator, slice]:
+    """Build the operator for some of the new samples, and say which old ones it reads."""
+    matrix = _spline_matrix(old, new, order)[rows]
+    used = np.flatnonzero((np.abs(matrix) > BAND_FLOOR).any(axis=0))
+    source = slice(int(used[0]), int(used[-1]) + 1)
+    return _banded(matrix[:, source], dtype), source
+
+
+def _banded(matrix: NDArray[np.float64], dtype: type[np.floating]) -> AxisOperator:
     blocks = []
-    for row in range(0, new, ROWS_PER_PRODUCT):
+    for row in range(0, len(matrix), ROWS_PER_PRODUCT):
         rows = matrix[row : row + ROWS_PER_PRODUCT]
         used = np.flatnonzero((np.abs(rows) > BAND_FLOOR).any(axis=0))
         first, last = int(used[0]), int(used[-1]) + 1
         blocks.append((row, first, np.ascontiguousarray(rows[:, first:last], dtype=dtype)))
-    return AxisOperator(new, tuple(blocks))
+    return AxisOperator(len(matrix), tuple(blocks))
 
 
 def nearest_indices(old: int, new: int) -> NDArray[np.intp]:

@@ -6,7 +6,6 @@ says where voxels came from.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +20,16 @@ from medmamba.preprocessing.resample import (
     AxisOperator,
     linear_taps,
     nearest_indices,
+    partial_operator,
     separate_axis,
-    spline_operator,
 )
+from medmamba.volume import Box
 
-SLAB_BYTES = 16 * 1024 * 1024
-"""Size of one class of one slab in float32; a few of them exist at a time."""
+SLAB_BYTES = 2 * 1024 * 1024
+"""Size of one class of one slab in float32; a few of them stay in the cache."""
+
+REACH = 1
+"""Working voxels beyond its neighbours that a raw voxel may depend on, for rounding."""
 
 LARGEST_UINT8_LABEL = 254
 """nnU-Net writes uint16 from 255 foreground labels on."""
@@ -56,6 +59,11 @@ def restore_labels(
     largest = max(label_map.all_values)
     kind = np.uint8 if largest <= LARGEST_UINT8_LABEL else np.uint16
     cropped = np.zeros(record.shape_after_crop, dtype=kind)
+    if fields.is_linear:
+        box = fields.active_box(_differs_from_background(fields.logits, label_map))
+        if box is None:
+            return _paste(cropped, record)
+        fields.limit_to(box)
     decide = _paint_regions if label_map.has_regions else _pick_largest
     for slab in fields.slabs():
         decide(partial(fields.values, slab), fields.classes, label_map, cropped[slab])
@@ -94,7 +102,7 @@ def restore_probabilities(
     for slab in fields.slabs():
         values = np.stack([fields.values(slab, k) for k in range(fields.classes)])
         values = values.astype(np.float32, copy=False)
-        inside[:, slab] = sigmoid(values) if label_map.has_regions else softmax(values)
+        inside[(slice(None), *slab)] = sigmoid(values) if label_map.has_regions else softmax(values)
     return result
 
 
@@ -126,14 +134,24 @@ def sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
 _Read = Callable[[int], NDArray[np.floating]]
 
 
+def _differs_from_background(
+    logits: NDArray[np.floating], label_map: LabelMap
+) -> NDArray[np.bool_]:
+    """Mark working voxels where anything but background has the largest logit."""
+    found = np.zeros(logits.shape[1:], dtype=bool)
+    for channel in range(0 if label_map.has_regions else 1, len(logits)):
+        found |= logits[channel] > (0 if label_map.has_regions else logits[0])
+    return found
+
+
 def _pick_largest(read: _Read, classes: int, label_map: LabelMap, out: NDArray[Any]) -> None:
     best = read(0)
-    out[:] = 0
+    wins = np.empty(out.shape, dtype=bool)
     for label in range(1, classes):
         values = read(label)
-        wins = values > best
-        np.copyto(best, values, where=wins)
-        out[wins] = label
+        np.greater(values, best, out=wins)
+        np.maximum(values, best, out=best)
+        np.copyto(out, label, where=wins)
 
 
 def _paint_regions(read: _Read, classes: int, label_map: LabelMap, out: NDArray[Any]) -> None:
@@ -148,87 +166,116 @@ def _paste(cropped: NDArray[Any], record: UndoRecord) -> NDArray[Any]:
     return result
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """Resampling inside the slices of the first axis: one operator per axis, or none."""
-
-    operators: tuple[tuple[int, AxisOperator], ...]
-
-    def apply(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
-        for axis, operator in self.operators:
-            values = operator.apply(values, axis)
-        return values
-
-
 class _ClassFields:
-    """Logits of one class at a time, on the cropped raw grid, in slabs of the first axis."""
+    """Logits of one class at a time, in slabs of a box of the cropped raw grid."""
 
     def __init__(
         self, logits: Any, record: UndoRecord, recipe: PreprocessingRecipe, *, half: bool
     ) -> None:
-        self._logits = _as_array(logits)
-        self._half = half
+        self.logits = _as_array(logits)
+        self._kind: type[np.floating] = np.float64 if half else np.float32
+        self._result: type[np.floating] = np.float16 if half else np.float32
         self._old = record.working_shape
         self._new = record.shape_after_crop
         resampling = recipe.probabilities
-        self._axis = separate_axis(
-            record.working_spacing_mm, record.spacing_mm, resampling.separate_z
-        )
+        axis = separate_axis(record.working_spacing_mm, record.spacing_mm, resampling.separate_z)
         self._orders = tuple(
-            resampling.order_z if axis == self._axis else resampling.order for axis in range(3)
+            resampling.order_z if position == axis else resampling.order for position in range(3)
         )
-        in_plane = sorted((1, 2), key=lambda axis: self._new[axis] / self._old[axis])
-        self._plane = _Plane(
-            tuple(
-                (axis, self._operator(axis))
-                for axis in in_plane
-                if self._old[axis] != self._new[axis]
-            )
-        )
+        self.limit_to(tuple((0, size) for size in self._new))
 
     @property
     def classes(self) -> int:
-        return int(self._logits.shape[0])
+        return int(self.logits.shape[0])
 
-    def slabs(self) -> Iterator[slice]:
-        depth, height, width = self._new
-        thickness = max(1, SLAB_BYTES // (4 * height * width))
-        for start in range(0, depth, thickness):
-            yield slice(start, min(start + thickness, depth))
+    def limit_to(self, box: Box) -> None:
+        """Make `slabs` cover a box of the cropped raw grid only."""
+        self._box = box
+        self._operators: list[tuple[int, AxisOperator]] = []
+        self._sources = [slice(None)] * 3
+        for axis in (1, 2):
+            old, new, rows = self._old[axis], self._new[axis], slice(*box[axis])
+            if old == new:
+                self._sources[axis] = rows
+                continue
+            operator, self._sources[axis] = partial_operator(
+                old, new, self._orders[axis], rows, self._kind
+            )
+            self._operators.append((axis, operator))
+        # The axis that grows least goes first, so that the other has less to do.
+        self._operators.sort(key=lambda pair: self._new[pair[0]] / self._old[pair[0]])
 
-    def values(self, slab: slice, label: int) -> NDArray[np.floating]:
-        """Logits of one class in one slab, as a new array."""
+    def slabs(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Yield boxes of the cropped raw grid that are worked on at once."""
+        (start, stop), rows, columns = self._box
+        area = (rows[1] - rows[0]) * (columns[1] - columns[0])
+        thickness = max(1, SLAB_BYTES // (4 * area))
+        for first in range(start, stop, thickness):
+            yield slice(first, min(first + thickness, stop)), slice(*rows), slice(*columns)
+
+    def values(self, slab: tuple[slice, ...], label: int) -> NDArray[np.floating]:
+        """Return the logits of one class in one slab, as a new array."""
+        depth = slab[0]
         if self._old[0] == self._new[0]:
-            rows = self._read(label, slab)
-            result = self._plane.apply(rows)
+            result = self._planes(label, depth)
         elif self._orders[0] == 0:
-            nearest = nearest_indices(self._old[0], self._new[0])[slab]
+            nearest = nearest_indices(self._old[0], self._new[0])[depth]
             source = slice(int(nearest[0]), int(nearest[-1]) + 1)
-            result = self._plane.apply(self._read(label, source))[nearest - source.start]
+            result = self._planes(label, source)[nearest - source.start]
         elif self._orders[0] == 1:
-            result = self._interpolated(label, slab)
+            result = self._between(label, depth)
         else:
-            planes = self._plane.apply(self._read(label, slice(None)))
-            result = self._operator(0).apply(planes, 0)[slab]
-        return result.astype(np.float16 if self._half else np.float32, copy=True)
+            operator, source = partial_operator(
+                self._old[0], self._new[0], self._orders[0], depth, self._kind
+            )
+            result = operator.apply(self._planes(label, source), 0)
+        return result.astype(self._result, copy=False)
 
-    def _interpolated(self, label: int, slab: slice) -> NDArray[np.floating]:
-        low, high, weight = (part[slab] for part in linear_taps(self._old[0], self._new[0]))
+    def active_box(self, coarse: NDArray[np.bool_]) -> Box | None:
+        """Return the box of the raw grid that ``coarse`` working voxels can reach, if any.
+
+        A linearly interpolated value is a mean of its neighbours: where none of them differs from
+        background, neither does it.
+        """
+        box: list[tuple[int, int]] = []
+        for axis in range(3):
+            others = tuple(other for other in range(3) if other != axis)
+            found = np.flatnonzero(coarse.any(axis=others))
+            if found.size == 0:
+                return None
+            low, high, _ = linear_taps(self._old[axis], self._new[axis])
+            reach = (high >= found[0] - REACH) & (low <= found[-1] + REACH)
+            inside = np.flatnonzero(reach)
+            box.append((int(inside[0]), int(inside[-1]) + 1))
+        return tuple(box)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether every resampled value is a mean of its neighbours."""
+        return max(self._orders) <= 1
+
+    def _planes(self, label: int, source: slice) -> NDArray[Any]:
+        rows, columns = self._sources[1:]
+        values = np.array(self.logits[label, source, rows, columns], dtype=self._kind)
+        for axis, operator in self._operators:
+            values = operator.apply(values, axis)
+        return values
+
+    def _between(self, label: int, depth: slice) -> NDArray[Any]:
+        low, high, weight = (part[depth] for part in linear_taps(self._old[0], self._new[0]))
         source = slice(int(low[0]), int(high[-1]) + 1)
-        planes = self._plane.apply(self._read(label, source))
-        second = weight.astype(planes.dtype)[:, None, None]
-        below, above = planes[low - source.start], planes[high - source.start]
-        result: NDArray[np.floating] = below * (1 - second) + above * second
+        planes = self._planes(label, source)
+        result = np.empty((len(low), *planes.shape[1:]), dtype=planes.dtype)
+        for plane, below, above, second in zip(
+            result,
+            low - source.start,
+            high - source.start,
+            weight.astype(planes.dtype),
+            strict=True,
+        ):
+            np.multiply(planes[below], 1 - second, out=plane)
+            plane += planes[above] * second
         return result
-
-    def _read(self, label: int, source: slice) -> NDArray[np.floating]:
-        kind = np.float64 if self._half else np.float32
-        rows: NDArray[np.floating] = np.array(self._logits[label, source], dtype=kind)
-        return rows
-
-    def _operator(self, axis: int) -> AxisOperator:
-        kind = np.float64 if self._half else np.float32
-        return spline_operator(self._old[axis], self._new[axis], self._orders[axis], kind)
 
 
 def _as_array(logits: Any) -> NDArray[np.floating]:
