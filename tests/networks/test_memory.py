@@ -116,7 +116,16 @@ FAMILIES = {definition.build: name for name, definition in NETWORKS.items()}
 @pytest.mark.parametrize("name", sorted(FAMILIES.values()))
 def test_estimating_leaves_no_fake_tensor_behind(name: str) -> None:
     dimension = min(NETWORKS[name].dimensions)
-    planned = small(name, dimension, patch_size=(32,) * dimension, features=(16, 32))
+    planned = small(
+        name,
+        dimension,
+        patch_size=(32,) * dimension,
+        features=(16, 32, 64),
+        strides=((1,) * dimension, (2,) * dimension, (2,) * dimension),
+        kernel_sizes=((3,) * dimension,) * 3,
+        encoder_blocks=(2,) * 3,
+        decoder_blocks=(2,) * 2,
+    )
     spec = NETWORKS[name].arrange(planned)
     narrow = tuple(width * 8 // spec.features[0] for width in spec.features)
     blocks = tuple(min(count, 2) for count in spec.encoder_blocks)
