@@ -91,35 +91,19 @@ int64_t forward_blocks(const Problem& p, int threads) {
   return best;
 }
 
-// Blocks per item of a backward: by shape alone, because dB and dC are summed item by item.
-// Four blocks share the sums over lanes; fewer where that would leave too few items to spread.
-int64_t backward_blocks(const Problem& p) {
-  const int64_t blocks = p.batch * p.blocks();
-  if (blocks >= 16) return 4;
-  return blocks >= 4 ? 2 : 1;
-}
-
 // What the backward of one item owns besides the scratch of its thread.
 struct ItemMemory {
   ItemMemory(const Problem& p, const Kernels& kernels, const Item& item) {
-    const int64_t states = item.blocks * p.state_floats();
-    const int64_t rows = item.blocks * kLanes;
+    const int64_t states = p.state_floats();
     const int64_t share = std::min(kPanel, p.tiles() * kTile) * p.padded_state();
-    const int64_t floats = 2 * states + 2 * rows + 2 * share;
+    const int64_t floats = 3 * states + 2 * kLanes + 2 * share;
     memory = std::make_unique<Aligned>(floats);
     std::memset(memory->data, 0, size_t(floats) * 4);
-    carry.adjoint = memory->data;
-    carry.grad_A = carry.adjoint + states;
-    carry.grad_skip = carry.grad_A + states;
-    carry.grad_bias = carry.grad_skip + rows;
-    carry.grad_B = carry.grad_bias + rows;
-    carry.grad_C = carry.grad_B + share;
-    if (p.grad_h_last != nullptr) {
-      const float* last = p.grad_h_last + item.batch * p.channels * p.state;
-      for (int i = 0; i < item.blocks; ++i) {
-        kernels.gather_state(p, item.block + i, last, carry.adjoint + i * p.state_floats());
-      }
-    }
+    float* next = memory->data;
+    for (float** part : {&carry.adjoint, &carry.rates, &carry.grad_A}) *part = next, next += states;
+    for (float** part : {&carry.grad_skip, &carry.grad_bias}) *part = next, next += kLanes;
+    for (float** part : {&carry.grad_B, &carry.grad_C}) *part = next, next += share;
+    kernels.begin_backward(p, item, carry);
   }
   std::unique_ptr<Aligned> memory;
   BackwardCarry carry;
@@ -147,17 +131,13 @@ void add_parameters(const Problem& p, const Kernels& kernels, const std::vector<
                     const std::vector<ItemMemory>& memory) {
   for (size_t i = 0; i < items.size(); ++i) {
     const BackwardCarry& carry = memory[i].carry;
-    for (int k = 0; k < items[i].blocks; ++k) {
-      const int64_t block = items[i].block + k;
-      if (p.grad_A) kernels.add_state(p, block, carry.grad_A + k * p.state_floats(), p.grad_A);
-      if (p.grad_skip) kernels.add_channels(p, block, carry.grad_skip + k * kLanes, p.grad_skip);
-      if (p.grad_delta_bias) {
-        kernels.add_channels(p, block, carry.grad_bias + k * kLanes, p.grad_delta_bias);
-      }
-      if (p.grad_h0) {
-        float* start = p.grad_h0 + items[i].batch * p.channels * p.state;
-        kernels.add_state(p, block, carry.adjoint + k * p.state_floats(), start);
-      }
+    const int64_t block = items[i].block;
+    if (p.grad_A) kernels.add_state(p, block, carry.grad_A, p.grad_A);
+    if (p.grad_skip) kernels.add_channels(p, block, carry.grad_skip, p.grad_skip);
+    if (p.grad_delta_bias) kernels.add_channels(p, block, carry.grad_bias, p.grad_delta_bias);
+    if (p.grad_h0) {
+      float* start = p.grad_h0 + items[i].batch * p.channels * p.state;
+      kernels.add_state(p, block, carry.adjoint, start);
     }
   }
 }
@@ -215,7 +195,7 @@ void run_backward(const Problem& p, int threads, const std::string& instruction_
   zero_parameters(p);
   if (is_empty(p)) return;
   check_order(p);
-  const std::vector<Item> items = items_of(p, backward_blocks(p));
+  const std::vector<Item> items = items_of(p, 1);
   threads = useful_threads(p, threads, items.size());
   std::vector<ItemMemory> memory;
   memory.reserve(items.size());

@@ -294,8 +294,9 @@ void forward(const Problem& p, const Item& item, float* scratch) {
       const bool ordinary = is_ordinary(step_sizes(p, block, tokens.count, tile.dt), fastest[i]);
       open_tile(p, item, block, tokens, tile);
       for (const Rows* rows : {&p.u, &p.delta, &p.gate}) {
-        prefetch_tile(*rows, row_offset(*rows, item.batch, block), next);
+        prefetch_tile<false>(*rows, row_offset(*rows, item.batch, block), next);
       }
+      prefetch_tile<true>(p.out, row_offset(p.out, item.batch, block), tokens);
       for (int t = 0; t < tokens.count;) {
         const int to = next_reset(p, first, t, tokens.count);
         const float* rate = rates + i * p.state_floats();
@@ -319,433 +320,370 @@ void forward(const Problem& p, const Item& item, float* scratch) {
 
 // --------------------------------------------------------------------------------------------- backward
 
-// Rows of up to kMaxBlocks blocks, [block][token][lane].
+// One block: rows [token][lane], projections [token][padded state].
 struct BackwardTile {
-  float *dt, *x, *dy;        // step size, dt u, gradient of y before the gate
-  float *by_input, *by_rate; // sum_n B g and sum_n A q
-  float *y;                  // y without the skip term, where a gate needs it
-  float *decay, *carried;    // [token][vector][state]: exp(dt A), and exp(dt A) h_{t-1}
-  float* local;              // the same for the local state of a segment
-  const float *B, *C;        // [token][padded state]
-  float *grad_B, *grad_C;    // [token][padded state]
+  float *dt, *u, *x;          // step size, input, dt u
+  float *slope;               // of softplus
+  float *dy;                  // gradient of y before the gate
+  float *by_input, *by_rate;  // sum_n B g and sum_n A q
+  float *y;                   // y without the skip term, where the gate needs it
+  float *gate_slope;          // dout d silu(z)
+  float *decay, *carried;     // [token][state of a group]: exp(dt A), and exp(dt A) h_{t-1}
+  float *local;               // the same for the local state of a segment
+  float *B, *C;
+  float *sums_B, *sums_C;     // lane sums under way, [state group][token][kSumFloats]
   int padded_state;
   int segment;
   bool gated;
 };
 
-constexpr int kBackwardStates = 4;
+constexpr int S = 4;  // states of a group: their recurrences and dA fill the registers
+static_assert(S == kStatePadding, "groups must cover the padded states");
 
-// Sums over the lanes of four vectors.
-MEDMAMBA_INLINE void add_lane_sums(const Vec* v, float* to, bool accumulate) {
-  float sums[4];
+// Four sums over lanes are carried as one vector until a tile is done: the last steps are then shared.
 #if defined(__AVX512F__)
+constexpr int kSumFloats = 16;  // state n in the lanes 4n to 4n + 3
+
+MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
   const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(__m512(v[0]), __m512(v[1]), 0x44),
                                  _mm512_shuffle_f32x4(__m512(v[0]), __m512(v[1]), 0xee));
   const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(__m512(v[2]), __m512(v[3]), 0x44),
                                  _mm512_shuffle_f32x4(__m512(v[2]), __m512(v[3]), 0xee));
-  // 128-bit parts: v0 v0 v1 v1 and v2 v2 v3 v3 -> v0 v1 v2 v3
-  const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const Vec c = Vec(_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)));
+  store(to, accumulate ? load(to) + c : c);
+}
+
+MEDMAMBA_INLINE void end_sums(const float* from, float* to) {
+  const __m512 c = _mm512_loadu_ps(from);
   const __m512 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0xb1));
   const __m512 e = _mm512_add_ps(d, _mm512_permute_ps(d, 0x4e));
-  _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, e)));
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, e)));
+}
 #else
-  for (int i = 0; i < 4; ++i) {
+constexpr int kSumFloats = 4;
+
+MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
+  for (int n = 0; n < 4; ++n) {
     float sum = 0.0f;
-    for (int lane = 0; lane < kWidth; ++lane) sum += v[i][lane];
-    sums[i] = sum;
+    for (int lane = 0; lane < kWidth; ++lane) sum += v[n][lane];
+    to[n] = accumulate ? to[n] + sum : sum;
   }
-#endif
-  for (int i = 0; i < 4; ++i) to[i] = accumulate ? to[i] + sums[i] : sums[i];
 }
 
-// Four states of kCount vectors of channels over the tokens [from, to), forwards then backwards.
-// rates, state, adjoint, grad_A: [state][lane] of the first vector; blocks lie state_floats apart.
+MEDMAMBA_INLINE void end_sums(const float* from, float* to) { std::memcpy(to, from, 4 * sizeof(float)); }
+#endif
+
+// Four states of one vector of channels: where they lie, all [state][lane].
 struct StateGroup {
   const float* rates;
-  const float* state;
+  const float* state;  // that enters the tile
   float* adjoint;
   float* grad_A;
-  int64_t block_pitch;
-  bool accumulate;  // not the first vectors to add to grad_B, grad_C
+  int lane;   // first lane of the vector
+  int state0; // first state
 };
 
-// Offsets of vector i of a group that starts at vector `first` of the item.
-MEDMAMBA_INLINE int64_t row_at(int vector) {
-  return int64_t(vector / kVectors) * kTileFloats + vector % kVectors * kWidth;
-}
-MEDMAMBA_INLINE int64_t state_at(const StateGroup& g, int vector) {
-  return int64_t(vector / kVectors) * g.block_pitch + vector % kVectors * kWidth;
+MEDMAMBA_INLINE float* sums_at(float* sums, const StateGroup& g, int t) {
+  return sums + (g.state0 / S * kTile + t) * kSumFloats;
 }
 
-template <int kCount, bool kOrdinary>
-void recompute_states(const BackwardTile& tile, const StateGroup& g, int first, int from, int to,
-                      float* h_now, int n0) {
-  constexpr int S = kBackwardStates;
+template <bool kOrdinary>
+void recompute_states(const BackwardTile& tile, const StateGroup& g, int from, int to, Vec* h) {
   const Exp2Table table = exp2_table();
-  Vec h[kCount][S], A[kCount][S];
-  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-      h[i][n] = load(h_now + (i * S + n) * kWidth);
-      A[i][n] = load(g.rates + state_at(g, first + i) + n * kLanes);
-    }
-  }
+  Vec A[S];
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) A[n] = load(g.rates + n * kLanes);
   for (int t = from; t < to; ++t) {
-    const float* B = tile.B + t * tile.padded_state + n0;
-    const float* C = tile.C + t * tile.padded_state + n0;
-    Vec grad_C[S] = {};
-    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-      const int64_t row = row_at(first + i) + t * kLanes;
-      const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
-      float* decays = tile.decay + (t * kCount + i) * S * kWidth;
-      float* carried = tile.carried + (t * kCount + i) * S * kWidth;
-      Vec y = Vec{};
-      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-        const Vec decay = decay_of<kOrdinary>(dt, A[i][n], table);
-        const Vec before = decay * h[i][n];
-        store(decays + n * kWidth, decay);
-        store(carried + n * kWidth, before);
-        h[i][n] = before + x * B[n];
-        grad_C[n] += dy * h[i][n];
-        if (tile.gated) y += C[n] * h[i][n];
-      }
-      if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
+    const float* B = tile.B + t * tile.padded_state + g.state0;
+    const float* C = tile.C + t * tile.padded_state + g.state0;
+    const int row = t * kLanes + g.lane;
+    const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
+    Vec y = Vec{}, grad_C[S];
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+      const Vec decay = decay_of<kOrdinary>(dt, A[n], table);
+      const Vec before = decay * h[n];
+      store(tile.decay + (t * S + n) * kWidth, decay);
+      store(tile.carried + (t * S + n) * kWidth, before);
+      h[n] = before + x * B[n];
+      grad_C[n] = dy * h[n];
+      y += C[n] * h[n];
     }
-    add_lane_sums(grad_C, tile.grad_C + t * tile.padded_state + n0, g.accumulate);
-  }
-  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) store(h_now + (i * S + n) * kWidth, h[i][n]);
+    if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
+    begin_sums(grad_C, sums_at(tile.sums_C, g, t), g.lane > 0);
   }
 }
 
-// The local states of whole segments, last to first, and what they add to dC.
-template <int kCount>
-void recompute_local(const BackwardTile& tile, int first, int count, int n0) {
-  constexpr int S = kBackwardStates;
-  Vec e[kCount][S] = {};
+// The local states of the segments, last to first, and what they add to y and dC.
+void recompute_local(const BackwardTile& tile, const StateGroup& g, int count) {
+  Vec e[S] = {};
   for (int t = count - 1; t >= 0; --t) {
-    const float* B = tile.B + t * tile.padded_state + n0;
-    const float* C = tile.C + t * tile.padded_state + n0;
+    const float* B = tile.B + t * tile.padded_state + g.state0;
+    const float* C = tile.C + t * tile.padded_state + g.state0;
+    const int row = t * kLanes + g.lane;
     const bool ends = (t + 1) % tile.segment == 0;
-    Vec grad_C[S] = {};
-    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-      const int64_t row = row_at(first + i) + t * kLanes;
-      const Vec x = load(tile.x + row), dy = load(tile.dy + row);
-      const float* decays = tile.decay + (t * kCount + i) * S * kWidth;
-      float* locals = tile.local + (t * kCount + i) * S * kWidth;
-      Vec y = Vec{};
-      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-        const Vec local = ends ? Vec{} : load(decays + n * kWidth) * e[i][n];
-        store(locals + n * kWidth, local);
-        e[i][n] = local + x * B[n];
-        grad_C[n] += dy * local;
-        if (tile.gated) y += C[n] * local;
-      }
-      if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
+    const Vec x = load(tile.x + row), dy = load(tile.dy + row);
+    Vec y = Vec{}, grad_C[S];
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+      const Vec local = ends ? Vec{} : load(tile.decay + (t * S + n) * kWidth) * e[n];
+      store(tile.local + (t * S + n) * kWidth, local);
+      e[n] = local + x * B[n];
+      grad_C[n] = dy * local;
+      y += C[n] * local;
     }
-    add_lane_sums(grad_C, tile.grad_C + t * tile.padded_state + n0, true);
+    if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
+    begin_sums(grad_C, sums_at(tile.sums_C, g, t), true);
   }
+}
+
+// What an adjoint adds to the sums over states of one token.
+MEDMAMBA_INLINE void add_token(const BackwardTile& tile, const StateGroup& g, int row, const float* B,
+                               const Vec* input, const Vec* q) {
+  Vec by_input = load(tile.by_input + row), by_rate = load(tile.by_rate + row);
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+    by_input += B[n] * input[n];
+    by_rate += load(g.rates + n * kLanes) * q[n];
+  }
+  store(tile.by_input + row, by_input);
+  store(tile.by_rate + row, by_rate);
 }
 
 // Adjoint of the local states, first to last: C dy plus what the token before hands on.
-template <int kCount>
-void walk_local(const BackwardTile& tile, const StateGroup& g, int first, int count, int n0) {
-  constexpr int S = kBackwardStates;
-  Vec handed[kCount][S] = {}, dA[kCount][S] = {};
+void walk_local(const BackwardTile& tile, const StateGroup& g, int count) {
+  Vec handed[S] = {}, dA[S] = {};
   for (int t = 0; t < count; ++t) {
-    const float* B = tile.B + t * tile.padded_state + n0;
-    const float* C = tile.C + t * tile.padded_state + n0;
+    const float* B = tile.B + t * tile.padded_state + g.state0;
+    const float* C = tile.C + t * tile.padded_state + g.state0;
+    const int row = t * kLanes + g.lane;
     const bool starts = t % tile.segment == 0;
-    Vec grad_B[S] = {};
-    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-      const int64_t row = row_at(first + i) + t * kLanes;
-      const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
-      const float* decays = tile.decay + (t * kCount + i) * S * kWidth;
-      const float* locals = tile.local + (t * kCount + i) * S * kWidth;
-      const float* A = g.rates + state_at(g, first + i);
-      Vec by_input = load(tile.by_input + row), by_rate = load(tile.by_rate + row);
-      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-        const Vec input = starts ? Vec{} : handed[i][n];
-        const Vec adjoint = C[n] * dy + input;
-        const Vec q = adjoint * load(locals + n * kWidth);
-        handed[i][n] = adjoint * load(decays + n * kWidth);
-        by_input += B[n] * input;
-        by_rate += load(A + n * kLanes) * q;
-        dA[i][n] += dt * q;
-        grad_B[n] += x * input;
-      }
-      store(tile.by_input + row, by_input);
-      store(tile.by_rate + row, by_rate);
-    }
-    add_lane_sums(grad_B, tile.grad_B + t * tile.padded_state + n0, g.accumulate);
-  }
-  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
+    Vec input[S], q[S], grad_B[S];
     MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-      float* to = g.grad_A + state_at(g, first + i) + n * kLanes;
-      store(to, load(to) + dA[i][n]);
+      input[n] = starts ? Vec{} : handed[n];
+      const Vec adjoint = C[n] * dy + input[n];
+      q[n] = adjoint * load(tile.local + (t * S + n) * kWidth);
+      handed[n] = adjoint * load(tile.decay + (t * S + n) * kWidth);
+      dA[n] += dt * q[n];
+      grad_B[n] = x * input[n];
     }
+    add_token(tile, g, row, B, input, q);
+    begin_sums(grad_B, sums_at(tile.sums_B, g, t), g.lane > 0);
+  }
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+    store(g.grad_A + n * kLanes, load(g.grad_A + n * kLanes) + dA[n]);
   }
 }
 
-template <int kCount>
-void walk_back(const BackwardTile& tile, const StateGroup& g, int first, int from, int to, int n0) {
-  constexpr int S = kBackwardStates;
-  Vec r[kCount][S], dA[kCount][S];
-  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-      r[i][n] = load(g.adjoint + state_at(g, first + i) + n * kLanes);
-      dA[i][n] = load(g.grad_A + state_at(g, first + i) + n * kLanes);
-    }
+void walk_back(const BackwardTile& tile, const StateGroup& g, int from, int to) {
+  Vec r[S], dA[S];
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+    r[n] = load(g.adjoint + n * kLanes);
+    dA[n] = load(g.grad_A + n * kLanes);
   }
   for (int t = to - 1; t >= from; --t) {
-    const float* B = tile.B + t * tile.padded_state + n0;
-    const float* C = tile.C + t * tile.padded_state + n0;
-    Vec grad_B[S] = {};
-    MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-      const int64_t row = row_at(first + i) + t * kLanes;
-      const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
-      const float* decays = tile.decay + (t * kCount + i) * S * kWidth;
-      const float* carried = tile.carried + (t * kCount + i) * S * kWidth;
-      const float* A = g.rates + state_at(g, first + i);
-      Vec by_input = load(tile.by_input + row), by_rate = load(tile.by_rate + row);
-      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-        const Vec adjoint = C[n] * dy + r[i][n];
-        const Vec q = adjoint * load(carried + n * kWidth);
-        r[i][n] = adjoint * load(decays + n * kWidth);
-        by_input += B[n] * adjoint;
-        by_rate += load(A + n * kLanes) * q;
-        dA[i][n] += dt * q;
-        grad_B[n] += x * adjoint;
-      }
-      store(tile.by_input + row, by_input);
-      store(tile.by_rate + row, by_rate);
-    }
-    add_lane_sums(grad_B, tile.grad_B + t * tile.padded_state + n0,
-                  g.accumulate || tile.segment > 0);
-  }
-  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
+    const float* B = tile.B + t * tile.padded_state + g.state0;
+    const float* C = tile.C + t * tile.padded_state + g.state0;
+    const int row = t * kLanes + g.lane;
+    const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
+    Vec adjoint[S], q[S], grad_B[S];
     MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-      store(g.adjoint + state_at(g, first + i) + n * kLanes, r[i][n]);
-      store(g.grad_A + state_at(g, first + i) + n * kLanes, dA[i][n]);
+      adjoint[n] = C[n] * dy + r[n];
+      q[n] = adjoint[n] * load(tile.carried + (t * S + n) * kWidth);
+      r[n] = adjoint[n] * load(tile.decay + (t * S + n) * kWidth);
+      dA[n] += dt * q[n];
+      grad_B[n] = x * adjoint[n];
     }
+    add_token(tile, g, row, B, adjoint, q);
+    begin_sums(grad_B, sums_at(tile.sums_B, g, t), g.lane > 0 || tile.segment > 0);
+  }
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
+    store(g.adjoint + n * kLanes, r[n]);
+    store(g.grad_A + n * kLanes, dA[n]);
   }
 }
 
-template <int kCount>
-void backward_states(const Problem& p, const BackwardTile& tile, const StateGroup& g, int first,
-                     int n0, int64_t first_position, int count, bool ordinary) {
-  constexpr int S = kBackwardStates;
-  float h[kCount * S * kWidth];
-  MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-      store(h + (i * S + n) * kWidth, load(g.state + state_at(g, first + i) + n * kLanes));
-    }
-  }
+// Both walks of one group of states over the tile that begins at position `first`.
+void backward_states(const Problem& p, const BackwardTile& tile, const StateGroup& g, int64_t first,
+                     int count, bool ordinary) {
+  Vec h[S];
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) h[n] = load(g.state + n * kLanes);
   for (int t = 0; t < count;) {
-    const int to = next_reset(p, first_position, t, count);
+    const int to = next_reset(p, first, t, count);
     if (ordinary) {
-      recompute_states<kCount, true>(tile, g, first, t, to, h, n0);
+      recompute_states<true>(tile, g, t, to, h);
     } else {
-      recompute_states<kCount, false>(tile, g, first, t, to, h, n0);
+      recompute_states<false>(tile, g, t, to, h);
     }
-    if (to < count) std::memset(h, 0, sizeof(h));
+    MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) h[n] = Vec{};
     t = to;
   }
   if (tile.segment > 0) {
-    recompute_local<kCount>(tile, first, count, n0);
-    walk_local<kCount>(tile, g, first, count, n0);
+    recompute_local(tile, g, count);
+    walk_local(tile, g, count);
   }
   for (int to = count; to > 0;) {
     int from = 0;  // the last reset before `to`
     if (p.reset_every > 0) {
-      const int64_t reset = (first_position + to - 1) / p.reset_every * p.reset_every - first_position;
+      const int64_t reset = (first + to - 1) / p.reset_every * p.reset_every - first;
       from = reset > 0 ? int(reset) : 0;
     }
-    walk_back<kCount>(tile, g, first, from, to, n0);
-    const int64_t position = first_position + from;
+    walk_back(tile, g, from, to);
+    const int64_t position = first + from;
     if (p.reset_every > 0 && position > 0 && position % p.reset_every == 0) {
-      MEDMAMBA_UNROLL for (int i = 0; i < kCount; ++i) {
-        MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) store(g.adjoint + state_at(g, first + i) + n * kLanes, Vec{});
-      }
+      MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) store(g.adjoint + n * kLanes, Vec{});
     }
     to = from;
   }
 }
 
-void backward_vectors(const Problem& p, const BackwardTile& tile, StateGroup g, int vectors, int n0,
-                      int64_t first_position, int count, bool ordinary) {
-  constexpr int kMost = kWidth == 16 ? 4 : 2;
-  int first = 0;
-  for (; first + kMost <= vectors; first += kMost) {
-    g.accumulate = first > 0;
-    backward_states<kMost>(p, tile, g, first, n0, first_position, count, ordinary);
+void load_gradient(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
+                   float* to) {
+  if (p.grad_out.data == nullptr) {
+    std::memset(to, 0, sizeof(float) * kTileFloats);
+    return;
   }
-  for (; first < vectors; ++first) {
-    g.accumulate = first > 0;
-    backward_states<1>(p, tile, g, first, n0, first_position, count, ordinary);
-  }
+  load_tile(p.grad_out, row_offset(p.grad_out, item.batch, block), tokens, block.lanes, to);
 }
 
-// Everything of one block that does not depend on the states. Returns the largest step size.
+// Everything that does not depend on the states. Returns the largest step size.
 float open_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-                    const BackwardTile& tile, int64_t at, float* rows) {
-  load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, tile.dt + at);
-  const float largest = step_sizes(p, block, tokens.count, tile.dt + at);
-  load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, tile.x + at);
-  if (p.grad_out.data != nullptr) {
-    const int64_t offset = row_offset(p.grad_out, item.batch, block);
-    load_tile(p.grad_out, offset, tokens, block.lanes, tile.dy + at);
-  } else {
-    std::memset(tile.dy + at, 0, sizeof(float) * kTileFloats);
-  }
-  if (p.gate.data != nullptr) {
-    load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, rows);
-  }
+                    const BackwardTile& tile) {
   const Exp2Table table = exp2_table();
-  for (int i = 0; i < tokens.count * kLanes; i += kWidth) {
-    store(tile.x + at + i, load(tile.x + at + i) * load(tile.dt + at + i));
-    store(tile.by_input + at + i, Vec{});
-    store(tile.by_rate + at + i, Vec{});
+  const int floats = tokens.count * kLanes;
+  load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, tile.dt);
+  if (p.softplus) {
+    float bias[kLanes];
+    channel_row(p.delta_bias, block, bias);
+    for (int i = 0; i < floats; i += kWidth) {
+      store(tile.slope + i, sigmoid(load(tile.dt + i) + load(bias + i % kLanes), table));
+    }
+  }
+  const float largest = step_sizes(p, block, tokens.count, tile.dt);
+  load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, tile.u);
+  load_gradient(p, item, block, tokens, tile.dy);
+  if (p.gate.data != nullptr) {
+    load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, tile.gate_slope);
+  }
+  for (int i = 0; i < floats; i += kWidth) {
+    store(tile.x + i, load(tile.u + i) * load(tile.dt + i));
+    store(tile.by_input + i, Vec{});
+    store(tile.by_rate + i, Vec{});
     if (p.gate.data != nullptr) {
-      const Vec z = load(rows + i);
-      store(tile.dy + at + i, load(tile.dy + at + i) * z * sigmoid(z, table));
-      store(tile.y + at + i, Vec{});
+      const Vec z = load(tile.gate_slope + i), grad = load(tile.dy + i), s = sigmoid(z, table);
+      store(tile.gate_slope + i, grad * s * (1.0f + z * (1.0f - s)));
+      store(tile.dy + i, grad * z * s);
+      store(tile.y + i, Vec{});
     }
   }
   return largest;
 }
 
-// d silu(z) y dout, with the rows of z and dout read once more.
-void store_gate_gradient(const Problem& p, const Item& item, const Block& block,
-                         const Tokens& tokens, const float* y, float* z, float* dout) {
-  load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, z);
-  load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, dout);
+// Gradients of the rows and of the per-channel parameters, from the sums over the states.
+void close_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
+                    const BackwardTile& tile, const BackwardCarry& carry) {
   float skip[kLanes];
   channel_row(p.skip, block, skip);
-  const Exp2Table table = exp2_table();
-  for (int i = 0; i < tokens.count * kLanes; i += kWidth) {
-    const Vec gate = load(z + i), slope = sigmoid(gate, table);
-    Vec whole = load(y + i);
-    if (p.skip) whole += load(skip + i % kLanes) * load(dout + i);
-    store(z + i, whole * slope * (1.0f + gate * (1.0f - slope)));
-  }
-  if (p.grad_out.data != nullptr) {
-    const int64_t offset = row_offset(p.grad_out, item.batch, block);
-    load_tile(p.grad_out, offset, tokens, block.lanes, dout);
-  } else {
-    std::memset(dout, 0, sizeof(float) * kTileFloats);
-  }
-  for (int i = 0; i < tokens.count * kLanes; i += kWidth) store(z + i, load(z + i) * load(dout + i));
-  store_tile(p.grad_gate, row_offset(p.grad_gate, item.batch, block), tokens, block.lanes, z);
-}
-
-// Gradients of u and delta and of the per-channel parameters, from the sums over the states.
-void close_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-                    const BackwardTile& tile, int64_t at, const BackwardCarry& carry, int i,
-                    float* rows, float* raw) {
-  load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, rows);
-  load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, raw);
-  float skip[kLanes], bias[kLanes];
-  channel_row(p.skip, block, skip);
-  channel_row(p.delta_bias, block, bias);
-  const Exp2Table table = exp2_table();
   for (int v = 0; v < kLanes; v += kWidth) {
-    const Vec factor = load(skip + v), add = load(bias + v);
-    Vec grad_skip = Vec{}, grad_bias = Vec{};
+    const Vec factor = load(skip + v);
+    Vec grad_skip = load(carry.grad_skip + v), grad_bias = load(carry.grad_bias + v);
     for (int t = 0; t < tokens.count; ++t) {
-      const int64_t row = at + t * kLanes + v;
-      const Vec u = load(rows + t * kLanes + v), dy = load(tile.dy + row);
-      const Vec by_input = load(tile.by_input + row);
-      Vec grad_dt = by_input * u + load(tile.by_rate + row);
-      if (p.softplus) grad_dt *= sigmoid(load(raw + t * kLanes + v) + add, table);
+      const int row = t * kLanes + v;
+      const Vec u = load(tile.u + row), dy = load(tile.dy + row), by_input = load(tile.by_input + row);
+      // sum_n A q was taken with A log2(e)
+      Vec grad_dt = by_input * u + load(tile.by_rate + row) * kLn2;
+      if (p.softplus) grad_dt *= load(tile.slope + row);
       store(tile.by_input + row, by_input * load(tile.dt + row) + factor * dy);
       store(tile.by_rate + row, grad_dt);
+      if (tile.gated) {
+        store(tile.y + row, (load(tile.y + row) + factor * u) * load(tile.gate_slope + row));
+      }
       grad_skip += dy * u;
       grad_bias += grad_dt;
     }
-    store(carry.grad_skip + i * kLanes + v, load(carry.grad_skip + i * kLanes + v) + grad_skip);
-    store(carry.grad_bias + i * kLanes + v, load(carry.grad_bias + i * kLanes + v) + grad_bias);
+    store(carry.grad_skip + v, grad_skip);
+    store(carry.grad_bias + v, grad_bias);
   }
-  if (p.grad_u.data != nullptr) {
-    const int64_t offset = row_offset(p.grad_u, item.batch, block);
-    store_tile(p.grad_u, offset, tokens, block.lanes, tile.by_input + at);
-  }
-  if (p.grad_delta.data != nullptr) {
-    const int64_t offset = row_offset(p.grad_delta, item.batch, block);
-    store_tile(p.grad_delta, offset, tokens, block.lanes, tile.by_rate + at);
+  const struct { const Rows& rows; const float* from; } results[] = {
+      {p.grad_u, tile.by_input}, {p.grad_delta, tile.by_rate}, {p.grad_gate, tile.y}};
+  for (const auto& result : results) {
+    if (result.rows.data == nullptr) continue;
+    store_tile(result.rows, row_offset(result.rows, item.batch, block), tokens, block.lanes, result.from);
   }
 }
 
+constexpr int kBackwardRows = 9;
+
+int64_t sum_floats(const Problem& p) { return p.padded_state() / S * kTile * kSumFloats; }
+
 int64_t backward_scratch(const Problem& p) {
-  const int64_t group = int64_t(kTile) * kMaxBlocks * kLanes * kBackwardStates;
-  return (6 * kMaxBlocks + 2) * kTileFloats + 3 * group + 2 * kTile * p.padded_state() +
-         kMaxBlocks * p.state_floats();
+  return kBackwardRows * kTileFloats + 3 * kTile * S * kWidth + 2 * kTile * p.padded_state() +
+         2 * sum_floats(p);
+}
+
+BackwardTile lay_out(const Problem& p, float* scratch) {
+  BackwardTile tile;
+  float* next = scratch;
+  const auto take = [&next](int64_t floats) {
+    float* taken = next;
+    next += floats;
+    return taken;
+  };
+  float** const rows[kBackwardRows] = {&tile.dt,       &tile.u,       &tile.x, &tile.slope,     &tile.dy,
+                                       &tile.by_input, &tile.by_rate, &tile.y, &tile.gate_slope};
+  for (float** row : rows) *row = take(kTileFloats);
+  float** const groups[] = {&tile.decay, &tile.carried, &tile.local};
+  for (float** group : groups) *group = take(kTile * S * kWidth);
+  tile.sums_B = take(sum_floats(p));
+  tile.sums_C = take(sum_floats(p));
+  tile.B = take(kTile * p.padded_state());
+  tile.C = take(kTile * p.padded_state());
+  tile.padded_state = int(p.padded_state());
+  tile.segment = int(p.segment);
+  tile.gated = p.gate.data != nullptr && p.grad_gate.data != nullptr;
+  return tile;
 }
 
 void backward_tile(const Problem& p, const Item& item, int64_t number, int first_row,
                    BackwardCarry& carry, float* scratch) {
   const Tokens tokens = tokens_of(p, number);
-  const int64_t group_floats = int64_t(kTile) * kMaxBlocks * kLanes * kBackwardStates;
-  BackwardTile tile;
-  float* next = scratch;
-  float** const all_rows[] = {&tile.dt, &tile.x, &tile.dy, &tile.by_input, &tile.by_rate, &tile.y};
-  for (float** rows : all_rows) {
-    *rows = next;
-    next += kMaxBlocks * kTileFloats;
+  const Block block = block_at(p, item.block);
+  const BackwardTile tile = lay_out(p, scratch);
+  load_projection(p.B, item.batch, block.group, p, tokens, tile.B);
+  load_projection(p.C, item.batch, block.group, p, tokens, tile.C);
+  const float largest = open_backward(p, item, block, tokens, tile);
+  const bool ordinary = is_ordinary(largest, carry.fastest);
+  const Tokens next = tokens_of(p, number > 0 ? number - 1 : 0);
+  for (const Rows* rows : {&p.u, &p.delta, &p.gate, &p.grad_out}) {
+    prefetch_tile<false>(*rows, row_offset(*rows, item.batch, block), next);
   }
-  float* rows = next;
-  float* more_rows = rows + kTileFloats;
-  tile.decay = more_rows + kTileFloats;
-  tile.carried = tile.decay + group_floats;
-  tile.local = tile.carried + group_floats;
-  float* B = tile.local + group_floats;
-  float* C = B + kTile * p.padded_state();
-  float* rates = C + kTile * p.padded_state();
-  tile.B = B;
-  tile.C = C;
-  tile.padded_state = int(p.padded_state());
-  tile.grad_B = carry.grad_B + first_row * p.padded_state();
-  tile.grad_C = carry.grad_C + first_row * p.padded_state();
-  tile.segment = int(p.segment);
-  tile.gated = p.gate.data != nullptr && p.grad_gate.data != nullptr;
-  const int64_t group = block_at(p, item.block).group;
-  load_projection(p.B, item.batch, group, p, tokens, B);
-  load_projection(p.C, item.batch, group, p, tokens, C);
-  bool ordinary = true;
-  for (int i = 0; i < item.blocks; ++i) {
-    const Block block = block_at(p, item.block + i);
-    float* rate = rates + i * p.state_floats();
-    gather_state(p.A, block, p, kLog2E, rate);
-    const float largest = open_backward(p, item, block, tokens, tile, i * kTileFloats, rows);
-    if (!is_ordinary(largest, largest_rate(p, rate))) ordinary = false;
+  for (const Rows* rows : {&p.grad_u, &p.grad_delta, &p.grad_gate}) {
+    prefetch_tile<true>(*rows, row_offset(*rows, item.batch, block), tokens);
   }
-  const int64_t state_row = (item.batch * p.tiles() + number) * p.blocks() + item.block;
-  for (int n = 0; n < tile.padded_state; n += kBackwardStates) {
-    StateGroup g;
-    g.rates = rates + n * kLanes;
-    g.state = p.states + state_row * p.state_floats() + n * kLanes;
-    g.adjoint = carry.adjoint + n * kLanes;
-    g.grad_A = carry.grad_A + n * kLanes;
-    g.block_pitch = p.state_floats();
-    backward_vectors(p, tile, g, item.blocks * kVectors, n, first_position(p, number), tokens.count,
-                     ordinary);
-  }
-  for (int i = 0; i < item.blocks; ++i) {
-    const Block block = block_at(p, item.block + i);
-    const int64_t at = i * kTileFloats;
-    // sum_n A q was taken with A log2(e)
-    for (int j = 0; j < tokens.count * kLanes; j += kWidth) {
-      store(tile.by_rate + at + j, load(tile.by_rate + at + j) * kLn2);
+  const int64_t entering = (item.batch * p.tiles() + number) * p.blocks() + item.block;
+  for (int n = 0; n < tile.padded_state; n += S) {
+    for (int lane = 0; lane < kLanes; lane += kWidth) {
+      const int64_t at = n * kLanes + lane;
+      const StateGroup g = {carry.rates + at,  p.states + entering * p.state_floats() + at,
+                            carry.adjoint + at, carry.grad_A + at, lane, n};
+      backward_states(p, tile, g, first_position(p, number), tokens.count, ordinary);
     }
-    if (tile.gated) store_gate_gradient(p, item, block, tokens, tile.y + at, rows, more_rows);
-    close_backward(p, item, block, tokens, tile, at, carry, i, rows, more_rows);
+    for (int t = 0; t < tokens.count; ++t) {
+      const int64_t row = (first_row + t) * p.padded_state() + n;
+      const int64_t sums = (n / S * kTile + t) * kSumFloats;
+      end_sums(tile.sums_B + sums, carry.grad_B + row);
+      end_sums(tile.sums_C + sums, carry.grad_C + row);
+    }
   }
+  close_backward(p, item, block, tokens, tile, carry);
+}
+
+void begin_backward(const Problem& p, const Item& item, BackwardCarry& carry) {
+  const Block block = block_at(p, item.block);
+  const int64_t sequence = item.batch * p.channels * p.state;
+  gather_state(p.grad_h_last ? p.grad_h_last + sequence : nullptr, block, p, 1.0f, carry.adjoint);
+  gather_state(p.A, block, p, kLog2E, carry.rates);
+  carry.fastest = largest_rate(p, carry.rates);
 }
 
 // ------------------------------------------------------------------------------------- for the driver
-
-void gather_block(const Problem& p, int64_t block, const float* from, float* to) {
-  gather_state(from, block_at(p, block), p, 1.0f, to);
-}
 
 void add_state(const Problem& p, int64_t number, const float* from, float* to) {
   const Block block = block_at(p, number);
@@ -786,9 +724,9 @@ void store_projection(const Problem& p, const Rows& rows, int64_t batch, int64_t
 
 }  // namespace
 
-const Kernels kernels = {MEDMAMBA_ISA_NAME, forward,      forward_scratch, backward_tile,
-                         backward_scratch,  gather_block, add_state,       add_channels,
-                         store_projection};
+const Kernels kernels = {MEDMAMBA_ISA_NAME, forward,          forward_scratch,
+                         begin_backward,    backward_tile,    backward_scratch,
+                         add_state,         add_channels,     store_projection};
 
 }  // namespace MEDMAMBA_ISA
 

@@ -65,28 +65,30 @@ struct Item {
   int blocks;      // how many
 };
 
-// Where the backward of one item keeps what it carries from tile to tile, and its share of dB, dC.
+// Where the backward of an item, one block, keeps what it carries from tile to tile, and its share of dB, dC.
 struct BackwardCarry {
-  float* adjoint;     // (blocks, padded state, kLanes)
-  float* grad_A;      // (blocks, padded state, kLanes)
-  float* grad_skip;   // (blocks, kLanes)
-  float* grad_bias;   // (blocks, kLanes)
-  float* grad_B;      // (kPanelTiles * kTile, padded state)
-  float* grad_C;      // (kPanelTiles * kTile, padded state)
+  float* adjoint;    // (padded state, kLanes)
+  float* rates;      // (padded state, kLanes): A log2(e)
+  float* grad_A;     // (padded state, kLanes)
+  float* grad_skip;  // (kLanes)
+  float* grad_bias;  // (kLanes)
+  float* grad_B;     // (kPanelTiles * kTile, padded state)
+  float* grad_C;     // (kPanelTiles * kTile, padded state)
+  float fastest;     // largest of rates
 };
-constexpr int kPanelTiles = 16;  // tiles after which the shares of dB and dC are added up
+constexpr int kPanelTiles = 8;  // tiles after which the shares of dB and dC are added up
 
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
   void (*forward)(const Problem&, const Item&, float* scratch);
   int64_t (*forward_scratch)(const Problem&);
+  void (*begin_backward)(const Problem&, const Item&, BackwardCarry&);
   // One tile, from the adjoint in carry; row: first row of the tile in carry.grad_B.
   void (*backward_tile)(const Problem&, const Item&, int64_t tile, int row, BackwardCarry&,
                         float* scratch);
   int64_t (*backward_scratch)(const Problem&);
-  // [state][lane] of one block from and to (channels, state).
-  void (*gather_state)(const Problem&, int64_t block, const float* from, float* to);
+  // [state][lane] and [lane] of one block into (channels, state) and (channels).
   void (*add_state)(const Problem&, int64_t block, const float* from, float* to);
   void (*add_channels)(const Problem&, int64_t block, const float* from, float* to);
   // Rows (token, padded state) of one tile and group into dB or dC.

@@ -141,12 +141,13 @@ static void load_tile(const Rows& rows, int64_t offset, const Tokens& tokens, in
 
 // Asks for the rows of a tile to come, where they are rows of channels: the hardware does not see a walk over
 // rows far apart coming, still less one through an order.
+template <bool kForWriting>
 MEDMAMBA_INLINE void prefetch_tile(const Rows& rows, int64_t offset, const Tokens& tokens) {
   if (rows.data == nullptr || rows.channel_stride != 1) return;
   const int64_t size = rows.type == Type::float32 ? 4 : 2;
   const char* base = static_cast<const char*>(rows.data) + offset * size;
   for (int t = 0; t < tokens.count; ++t) {
-    __builtin_prefetch(base + tokens.token[t] * rows.token_stride * size, 0, 2);
+    __builtin_prefetch(base + tokens.token[t] * rows.token_stride * size, kForWriting, 2);
   }
 }
 
