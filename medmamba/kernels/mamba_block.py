@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from medmamba.kernels.causal_conv import causal_conv_silu
+from medmamba.kernels.linear import linear
 from medmamba.kernels.operator import selective_scan
 
 STREAM_FROM_VALUES = 1 << 24
@@ -122,13 +122,13 @@ def _chunk_output(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, n, C) of a chunk, the inputs of its convolution (B, n, E), and its last state."""
     rank, state = weights.dt_proj.shape[1], weights.A_log.shape[1]
-    inputs, gate = functional.linear(tokens, weights.in_proj).chunk(2, dim=-1)
+    inputs, gate = linear(tokens, weights.in_proj).chunk(2, dim=-1)
     history = None if carry is None else carry.history
     x = causal_conv_silu(inputs, weights.conv_weight, weights.conv_bias, history)
-    step, B, C = functional.linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
+    step, B, C = linear(x, weights.x_proj).split_with_sizes([rank, state, state], dim=-1)
     y, last = selective_scan(
         x,
-        functional.linear(step, weights.dt_proj),
+        linear(step, weights.dt_proj),
         -torch.exp(weights.A_log),
         B,
         C,
@@ -140,7 +140,7 @@ def _chunk_output(
         h0=None if carry is None else carry.state,
         return_last_state=True,
     )
-    return functional.linear(y, weights.out_proj), inputs, last
+    return linear(y, weights.out_proj), inputs, last
 
 
 def _last_inputs(history: Tensor, inputs: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from medmamba.kernels.linear import linear
 from medmamba.networks.channels_last import (
     depthwise_conv,
-    linear,
     max_pool,
     upsample_linear,
 )

@@ -1,0 +1,16 @@
+"""A linear layer over many tokens of few channels, with the fast form of its weight gradient."""
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``functional.linear``, whose weight gradient is also fast for few channels on CPU.
+
+    That gradient is a product of two tall matrices. Written as gᵀx it takes MKL 47 ms for
+    179 200 tokens of 8 to 32 channels, as xᵀg 5 ms; torch chooses by the layout of the weight.
+    """
+    if x.device.type != "cpu" or weight.shape[0] <= weight.shape[1]:
+        return functional.linear(x, weight, bias)
+    y = x @ weight.t().contiguous()
+    return y if bias is None else y + bias.to(y.dtype)
