@@ -282,7 +282,7 @@ def _shrinking(
 def _arranged(request: Request, rules: NetworkRules, patch: tuple[float, ...]) -> _Layout:
     """Fit topology and patch to each other: the network's divisor may pad the patch further."""
     topology = derive_topology(request.spacing_mm, patch)
-    for _ in range(len(FIRST_PATCH_EDGE) + topology.stages):
+    for _ in range(topology.stages + 1):
         spec = rules.arrange(_fill(request.spec, topology))
         divisor = rules.divisor(spec)
         rounded = round_up(patch, divisor)

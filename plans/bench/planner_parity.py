@@ -1,0 +1,162 @@
+"""Draw random fingerprints, plan them with nnU-Net and with medmamba, and count differences.
+
+python plans/bench/planner_parity.py [--draws 300] [--first 0]
+
+Needs the extra ``nnunet``. nnU-Net's planner runs in this process, its candidate networks on the
+meta device, so that a draw takes about a second. Exit code 1 if any key of any plan differs.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmamba.plans.budget import Budget
+from medmamba.plans.fingerprint import fingerprint_from_nnunet
+from medmamba.plans.nnunet_schema import BLOCK, plan_to_nnunet
+from medmamba.plans.planner import make_plan
+from medmamba.plans.presets import Preset
+from medmamba.plans.sizing import NNUNET_PLANNERS
+
+CHANNELS = ("CT", "T1", "noNorm", "zscore", "rescale_to_0_1", "rgb_to_0_1")
+STATISTICS = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
+
+
+def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Invent a fingerprint and a dataset.json: any anisotropy, size, channel and label count."""
+    random = np.random.default_rng(seed)
+    cases = int(random.integers(1, 60))
+    spacing = np.exp(random.uniform(np.log(0.3), np.log(3), 3))
+    if random.random() < 0.5:
+        spacing[random.integers(3)] *= random.uniform(1, 8)
+    size = np.exp(random.uniform(np.log(12), np.log(500), 3))
+    if random.random() < 0.1:
+        size[0] = 1
+    spread = 0.0 if random.random() < 0.3 else 0.1
+    spacings = [
+        [float(np.float32(s * random.uniform(1 - spread, 1 + spread))) for s in spacing]
+        for _ in range(cases)
+    ]
+    shapes = [
+        [int(s * random.uniform(0.7, 1.3)) if s > 1 else 1 for s in size] for _ in range(cases)
+    ]
+    names = random.choice(CHANNELS, int(random.integers(1, 4)))
+    labels = int(random.integers(1, 12))
+    statistics = dict.fromkeys(STATISTICS, 1.0)
+    fingerprint = {
+        "spacings": spacings,
+        "shapes_after_crop": shapes,
+        "foreground_intensity_properties_per_channel": {
+            str(index): statistics for index in range(len(names))
+        },
+        "median_relative_size_after_cropping": float(random.uniform(0.5, 1)),
+    }
+    description = {
+        "channel_names": {str(index): str(name) for index, name in enumerate(names)},
+        "labels": {"background": 0, **{f"c{i}": i for i in range(1, labels + 1)}},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    return fingerprint, description
+
+
+def plan_with_medmamba(
+    fingerprint: dict[str, Any], description: dict[str, Any], planner: str, name: str
+) -> dict[str, Any]:
+    network = "resenc_unet" if NNUNET_PLANNERS[planner].residual else "plain_unet"
+    plan = make_plan(
+        fingerprint_from_nnunet(fingerprint, name),
+        description,
+        Preset(name=network, network=network, planner=planner),
+        Budget(),
+    )
+    content: dict[str, Any] = json.loads(json.dumps(plan_to_nnunet(plan)))
+    del content[BLOCK]
+    return content
+
+
+def plan_with_nnunet(
+    fingerprint: dict[str, Any], description: dict[str, Any], planner: str, folder: Path
+) -> dict[str, Any]:
+    """Run nnU-Net's own planner; ``folder`` is its folder of preprocessed datasets."""
+    dataset = folder / "preprocessed" / "Dataset500_Random"
+    (folder / "raw" / dataset.name / "imagesTr").mkdir(parents=True, exist_ok=True)
+    dataset.mkdir(parents=True, exist_ok=True)
+    for place in (folder / "raw" / dataset.name, dataset):
+        (place / "dataset.json").write_text(json.dumps(description))
+    (dataset / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    for old in dataset.glob("nnUNet*Plans.json"):
+        # nnU-Net keeps configurations of an older file.
+        old.unlink()
+    with contextlib.redirect_stdout(io.StringIO()):
+        running = _nnunet_planner(planner, folder)(500)
+        running.plan_experiment()
+    content: dict[str, Any] = json.loads((dataset / f"{running.plans_identifier}.json").read_text())
+    return content
+
+
+def _nnunet_planner(name: str, folder: Path) -> type[Any]:
+    os.environ.setdefault("nnUNet_raw", str(folder / "raw"))
+    os.environ.setdefault("nnUNet_preprocessed", str(folder / "preprocessed"))
+    os.environ.setdefault("nnUNet_results", str(folder / "results"))
+    import torch
+    from nnunetv2.experiment_planning.experiment_planners import (  # noqa: TID251
+        default_experiment_planner,
+    )
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import (  # noqa: TID251
+        residual_encoder_unet_planners,
+    )
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO  # noqa: TID251
+
+    plain = default_experiment_planner.ExperimentPlanner
+    kind = plain if name == plain.__name__ else getattr(residual_encoder_unet_planners, name)
+
+    class OnMeta(kind):  # type: ignore[valid-type, misc]
+        @staticmethod
+        def static_estimate_VRAM_usage(*args: Any, **kwargs: Any) -> float:  # noqa: N802
+            with torch.device("meta"):
+                return float(kind.static_estimate_VRAM_usage(*args, **kwargs))
+
+        def determine_reader_writer(self) -> type[SimpleITKIO]:
+            return SimpleITKIO
+
+    OnMeta.__name__ = name
+    return OnMeta
+
+
+def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [*theirs, *(key for key in ours if key not in theirs)]
+        return [d for k in keys for d in differences(ours.get(k), theirs.get(k), f"{where}/{k}")]
+    return [] if ours == theirs else [f"{where}: {ours} instead of {theirs}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0)
+    chosen = parser.parse_args()
+    planners, failed = list(NNUNET_PLANNERS), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(chosen.first, chosen.first + chosen.draws):
+            fingerprint, description = draw(seed)
+            planner = planners[seed % len(planners)]
+            theirs = plan_with_nnunet(fingerprint, description, planner, Path(folder))
+            ours = plan_with_medmamba(fingerprint, description, planner, theirs["dataset_name"])
+            found = differences(ours, theirs)
+            failed += bool(found)
+            for line in found[:5]:
+                print(f"draw {seed}, {planner}: {line}")
+    print(f"{chosen.draws - failed} of {chosen.draws} plans equal")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
