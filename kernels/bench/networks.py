@@ -136,9 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    print(
-        "| network | parameters | forward s | step s | reference forward s | reference step s | times |"
-    )
+    print("| network | parameters | forward s | step s | reference forward s | step s | times |")
     print("|---|---|---|---|---|---|---|")
     rows = []
     for name in arguments.networks:
