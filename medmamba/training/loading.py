@@ -8,6 +8,7 @@ loader's own traceback; the consumer never waits for a dead thread.
 import logging
 import queue
 import threading
+import time
 from types import TracebackType
 
 import torch
@@ -23,6 +24,9 @@ AHEAD = 3
 POLL_S = 0.5
 SLOW_S = 30.0
 """After this long without a batch, say which case is being read."""
+
+CLOSE_S = 10.0
+"""A thread that is stuck in a read is left behind after this long; it ends with the process."""
 
 LOADER_THREADS = 1
 
@@ -71,9 +75,12 @@ class BatchLoader:
         traceback: TracebackType | None,
     ) -> None:
         self._closing.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
             self._drain()
             self._thread.join(timeout=POLL_S / 10)
+        if self._thread.is_alive():
+            logger.warning("case %s is still being read; left behind", self._sampler.current_case)
 
     def next(self) -> Batch:
         """Return the next batch.

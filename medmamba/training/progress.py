@@ -1,6 +1,8 @@
 """What a run tells: a report per epoch, ``log.jsonl``, and ``run.json``."""
 
+import contextlib
 import json
+import logging
 import math
 import os
 import platform
@@ -16,6 +18,8 @@ import torch
 
 from medmamba.errors import EnvironmentFault
 from medmamba.files import to_json, write_atomic
+
+logger = logging.getLogger(__name__)
 
 BYTES_PER_GB = 2**30
 RECORDED_PACKAGES = ("medmamba", "torch", "monai", "numpy", "blosc2")
@@ -70,26 +74,39 @@ class RunLog:
             self._file.truncate(min(keep_bytes, self._file.tell()))
             self._file.seek(0, os.SEEK_END)
         except OSError as error:
-            raise EnvironmentFault(
-                f"{path}: cannot be written ({error.strerror or error}). "
-                "Check permissions and free space of the folder.",
-                code="E_OUT_NOT_WRITABLE",
-            ) from error
+            raise _unwritable(path, error) from error
+        if self._file.tell() < keep_bytes:
+            logger.warning("%s is shorter than its checkpoint says; rows are missing", path)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite become null."""
         clean = {key: _finite(value) for key, value in row.items()}
-        self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
+        try:
+            self._file.write(json.dumps(clean, separators=(",", ":")).encode() + b"\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def sync(self) -> int:
         """Bring all rows to disk and return the length of the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         return self._file.tell()
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
+        """Flush and close; a full disk was or will be reported by what was to be saved."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _unwritable(path: Path, error: OSError) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{path}: cannot be written ({error.strerror or error}). "
+        "Check permissions and free space of the folder.",
+        code="E_IO_WRITE",
+    )
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,9 @@ EPOCH_S = 30.0
 VALIDATION_SHARE = 0.06
 """Part of an epoch's time for validation under a time budget (nnU-Net's share is about that)."""
 
+CLOSING_S, CLOSING_SHARE = 2.0, 0.02
+"""What is kept for drawing the last curves: 2 s, at most 2 % of the budget."""
+
 STEPS_REMEMBERED = 9
 FIRST_CHECKPOINT_S = 1.0
 """Guess of what saving costs, before it was measured."""
@@ -155,7 +158,7 @@ class TimeSchedule:
     rate begin after it. A resumed run takes both as if they had begun with the run.
 
     Args:
-        budget_s: for everything, final validation and saving included.
+        budget_s: for everything, final validation, saving and curves included.
     """
 
     def __init__(self, recipe: TrainingRecipe, clock: Clock, budget_s: float) -> None:
@@ -163,7 +166,7 @@ class TimeSchedule:
         self.epochs = min(longest, max(MINIMUM_EPOCHS, int(budget_s / EPOCH_S)))
         self._recipe = recipe
         self._clock = clock
-        self._budget_s = budget_s
+        self._budget_s = budget_s - min(CLOSING_S, CLOSING_SHARE * budget_s)
         self._steps_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._overheads_s: deque[float] = deque(maxlen=3)
         self._begin_s = 0.0

@@ -181,7 +181,7 @@ class _FoldRun:
                 report = self._finish_epoch(validation)
                 if on_progress is not None:
                     on_progress(report)
-                if stop.signal_number is not None:
+                if stop.signal_number is not None and not self.state.finished:
                     raise stop.error(str(self.latest))
         if not self.state.finished:
             self._save(finished=True)

@@ -104,7 +104,7 @@ def test_a_machine_that_becomes_slow_still_ends_in_time() -> None:
 def test_steps_longer_than_an_epoch_leave_fewer_epochs() -> None:
     seconds, _, lengths = simulate(100, step_s=lambda _: 9.0, first_s=9.0, overhead_s=1.0)
     assert len(lengths) < MINIMUM_EPOCHS
-    assert 90 <= seconds <= 101
+    assert 85 <= seconds <= 100
 
 
 def test_long_budgets_have_more_epochs_but_no_more_than_the_recipe() -> None:
