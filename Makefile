@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types format bench bench-gpu docs build clean
+.PHONY: help setup demo test test-full lint types format golden bench bench-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,21 @@ lint: setup ## ruff, import layers, types
 
 types: setup ## mypy in strict mode
 	$(BIN)/mypy
+
+golden: setup ## rewrite the help pages and generated schemas; review the difference
+	@for page in medmamba plan train predict evaluate demo doctor info; do \
+	  COLUMNS=100 TERM=dumb $(BIN)/medmamba $$([ $$page = medmamba ] || echo $$page) --help > cli/help/$$page.txt; done
+
+docs: golden ## regenerate what the documentation takes from the program
+
+bench: setup ## time the scan on this CPU, after checking that it is right
+	$(BIN)/python kernels/bench/cpu.py
+
+bench-gpu: setup ## check and time the scan on this GPU
+	$(BIN)/python kernels/bench/gpu.py
+
+clean: ## remove everything that can be made again
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 format: setup ## let ruff format and fix
 	$(BIN)/ruff format .

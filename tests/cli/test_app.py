@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 PROGRAM = "import sys; from medmamba.cli.app import main; sys.exit(main())"
+HELP_PAGES = Path(__file__).resolve().parents[2] / "cli" / "help"
 HEAVY = ("torch", "monai", "nibabel", "SimpleITK", "matplotlib", "scipy", "skimage")
 
 
 def medmamba(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "100"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "100", "TERM": "dumb"}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
@@ -36,6 +37,19 @@ def test_help_shows_an_example(command):
     result = medmamba(command, "--help")
     assert result.returncode == 0
     assert f"Example: medmamba {command}" in result.stdout
+
+
+@pytest.mark.parametrize("page", sorted(HELP_PAGES.glob("*.txt")), ids=lambda page: page.stem)
+def test_help_pages_are_up_to_date(page):
+    arguments = [] if page.stem == "medmamba" else [page.stem]
+    assert medmamba(*arguments, "--help").stdout == page.read_text(), "run `make golden`"
+
+
+def test_every_command_has_a_help_page():
+    from medmamba.cli.app import app
+
+    names = {command.callback.__name__ for command in app.registered_commands}
+    assert names | {"medmamba"} == {page.stem for page in HELP_PAGES.glob("*.txt")}
 
 
 def test_help_imports_nothing_heavy():
