@@ -168,6 +168,7 @@ def _import_failure(name: str) -> str | None:
     return None
 
 
+@functools.cache
 def _module(name: str) -> Backend:
     return cast("Backend", importlib.import_module(MODULES[name]))
 
