@@ -16,6 +16,16 @@ from medmamba.errors import PlanError
 from medmamba.labels import LabelMap
 from medmamba.networks.spec import NetworkSpec
 from medmamba.plans.budget import Budget, NetworkRules, PriceList, registered_rules
+from medmamba.plans.choices import (
+    choose_channels,
+    choose_reader,
+    choose_spacing,
+    choose_transpose,
+    in_mm,
+    median_resampled_shape,
+    read_channel_names,
+    transpose_reason,
+)
 from medmamba.plans.fingerprint import Fingerprint
 from medmamba.plans.plan import ConfigurationPlan, Plan, Reason
 from medmamba.plans.presets import Preset
@@ -28,15 +38,8 @@ from medmamba.plans.sizing import (
     size_by_cost,
     size_by_memory,
 )
-from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
-from medmamba.preprocessing.resample import resampled_shape
+from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.volume import Grid
-
-ANISOTROPY = 3.0
-"""An axis this much coarser, and this much shorter, is anisotropic."""
-
-ANISOTROPIC_PERCENTILE = 10
-"""Anisotropic axes are resampled to a fine case of the dataset, not to the median."""
 
 LOWRES_PATCH_FRACTION = 0.25
 """A patch that sees less of the median case asks for a lower resolution."""
@@ -46,18 +49,6 @@ LOWRES_STEP = 1.03
 
 LOWRES_GAIN = 2.0
 """Without this many times fewer voxels a lower resolution is not worth a network."""
-
-MASKED_NORMALIZATION = 0.75
-"""Below this median size after cropping, statistics are taken of the non-zero region only."""
-
-SCHEMES = {
-    "ct": Normalization.CT,
-    "nonorm": Normalization.NONE,
-    "zscore": Normalization.ZSCORE,
-    "rescale_to_0_1": Normalization.RESCALE_0_1,
-    "rgb_to_0_1": Normalization.RGB_0_1,
-}
-"""Channel name in dataset.json, lower case -> normalisation; any other name means z-score."""
 
 CONVOLUTIONAL = {"plain_unet": False, "resenc_unet": True}
 """Networks that nnU-Net's own cost model prices; whether the encoder is residual."""
@@ -123,14 +114,45 @@ def make_plan(
             the dataset's dimension, or nothing fits the memory.
         DatasetError: the labels of the description are unusable.
     """
-    label_map = LabelMap.from_dataset_json(dict(description))
     spacing, spacing_reason = choose_spacing(fingerprint, budget)
-    transpose = choose_transpose(spacing)
+    task = _make_task(fingerprint, description, preset, budget, rules=rules, spacing_mm=spacing)
+    name = plans_name or _plans_name(task)
+    configurations, reasons = _plan_configurations(task, name)
+    turn = list(task.transpose)
+    median_shape = np.median(fingerprint.shapes_after_crop, axis=0)[turn]
+    return Plan(
+        dataset_name=fingerprint.dataset_name,
+        plans_name=name,
+        planner=task.planner,
+        network=preset.name,
+        configurations=configurations,
+        label_map=task.label_map,
+        channel_names=task.channel_names,
+        file_ending=str(description.get("file_ending", "")),
+        reader=choose_reader(fingerprint, description),
+        transpose_forward=task.transpose,
+        median_spacing_mm=_triple(np.median(fingerprint.spacings_mm, axis=0)[turn].tolist()),
+        median_shape=_triple([round(size) for size in median_shape.tolist()]),
+        intensities=fingerprint.intensities,
+        fingerprint_hash=fingerprint.content_hash,
+        reasons=(spacing_reason, transpose_reason(spacing, task.transpose), *reasons),
+    )
+
+
+def _make_task(
+    fingerprint: Fingerprint,
+    description: Mapping[str, Any],
+    preset: Preset,
+    budget: Budget,
+    *,
+    rules: NetworkRules | None,
+    spacing_mm: tuple[float, ...],
+) -> _Task:
     chosen_rules = _rules(preset, budget, rules)
-    task = _Task(
+    return _Task(
         fingerprint=fingerprint,
-        channel_names=_channel_names(fingerprint, description),
-        label_map=label_map,
+        channel_names=read_channel_names(fingerprint, description),
+        label_map=LabelMap.from_dataset_json(dict(description)),
         label_entries=len(description["labels"]),
         cases=int(description.get("numTraining", len(fingerprint.spacings_mm))),
         preset=preset,
@@ -138,101 +160,9 @@ def make_plan(
         planner=_planner_name(preset, budget),
         rules=chosen_rules,
         prices=PriceList(chosen_rules) if chosen_rules else None,
-        spacing_mm=spacing,
-        transpose=transpose,
+        spacing_mm=spacing_mm,
+        transpose=choose_transpose(spacing_mm),
     )
-    name = plans_name or _plans_name(task)
-    configurations, reasons = _plan_configurations(task, name)
-    turn = list(transpose)
-    return Plan(
-        dataset_name=fingerprint.dataset_name,
-        plans_name=name,
-        planner=task.planner,
-        network=preset.name,
-        configurations=configurations,
-        label_map=label_map,
-        channel_names=task.channel_names,
-        file_ending=str(description.get("file_ending", "")),
-        reader=_reader(fingerprint, description),
-        transpose_forward=transpose,
-        median_spacing_mm=_triple(np.median(fingerprint.spacings_mm, axis=0)[turn].tolist()),
-        median_shape=_triple(
-            [round(v) for v in np.median(fingerprint.shapes_after_crop, axis=0)[turn].tolist()]
-        ),
-        intensities=fingerprint.intensities,
-        fingerprint_hash=fingerprint.content_hash,
-        reasons=(spacing_reason, _transpose_reason(spacing, transpose), *reasons),
-    )
-
-
-def choose_spacing(fingerprint: Fingerprint, budget: Budget) -> tuple[tuple[float, ...], Reason]:
-    """Choose the target spacing of full resolution, in the raw images' axis order."""
-    if budget.spacing_mm is not None:
-        asked = tuple(float(value) for value in budget.spacing_mm)
-        return asked, Reason(topic="spacing", value=_mm(asked), why="asked for")
-    spacings = np.array(fingerprint.spacings_mm, dtype=np.float64)
-    target = np.median(spacings, axis=0)
-    size = np.median(np.array(fingerprint.shapes_after_crop), axis=0)
-    coarse = int(np.argmax(target))
-    others = [axis for axis in range(3) if axis != coarse]
-    finest_other = float(max(target[axis] for axis in others))
-    why = "median of the cases"
-    is_coarse = target[coarse] > ANISOTROPY * finest_other
-    if is_coarse and size[coarse] * ANISOTROPY < min(size[axis] for axis in others):
-        fine = float(np.percentile(spacings[:, coarse], ANISOTROPIC_PERCENTILE))
-        if fine < finest_other:
-            fine = finest_other + 1e-5
-        if not np.isclose(fine, target[coarse]):
-            why = (
-                f"median of the cases, but {fine:g} mm instead of {target[coarse]:g} mm along axis "
-                f"{coarse}: it is more than {ANISOTROPY:g} times coarser and shorter than the "
-                f"others, so its {ANISOTROPIC_PERCENTILE}th percentile is used"
-            )
-        target[coarse] = fine
-    chosen = tuple(float(value) for value in target)
-    return chosen, Reason(topic="spacing", value=_mm(chosen), why=why)
-
-
-def choose_transpose(spacing_mm: tuple[float, ...]) -> tuple[int, int, int]:
-    """Put the coarsest axis first, the others after it in ascending order."""
-    first = int(np.argmax(spacing_mm))
-    second, third = (axis for axis in range(3) if axis != first)
-    return (first, second, third)
-
-
-def median_resampled_shape(
-    fingerprint: Fingerprint, spacing_mm: tuple[float, ...]
-) -> tuple[float, ...]:
-    """Return the median shape of the cases once resampled, in the raw images' axis order."""
-    shapes = [
-        resampled_shape(shape, spacing, spacing_mm)
-        for shape, spacing in zip(
-            fingerprint.shapes_after_crop, fingerprint.spacings_mm, strict=True
-        )
-    ]
-    return tuple(float(value) for value in np.median(shapes, axis=0))
-
-
-def choose_channels(
-    fingerprint: Fingerprint, channel_names: tuple[str, ...]
-) -> tuple[tuple[ChannelRecipe, ...], tuple[Reason, ...]]:
-    """Choose each channel's normalisation by its name."""
-    masked = fingerprint.median_relative_size_after_cropping < MASKED_NORMALIZATION
-    channels, reasons = [], []
-    for index, name in enumerate(channel_names):
-        scheme = SCHEMES.get(name.casefold(), Normalization.ZSCORE)
-        use_mask = masked and scheme is Normalization.ZSCORE
-        statistics = fingerprint.intensities[index] if scheme is Normalization.CT else None
-        channels.append(
-            ChannelRecipe(normalization=scheme, use_mask=use_mask, statistics=statistics)
-        )
-        why = f"channel is named '{name}'"
-        if use_mask:
-            kept = fingerprint.median_relative_size_after_cropping
-            why += f"; cropping keeps {kept:.0%} of a case, so only the non-zero region counts"
-        value = scheme.value + (" in the non-zero region" if use_mask else "")
-        reasons.append(Reason(topic=f"normalisation of channel {index}", value=value, why=why))
-    return tuple(channels), tuple(reasons)
 
 
 def _plan_configurations(
@@ -336,7 +266,7 @@ def _search_lowres(
         return None, f"{why}; a quarter is enough"
     if voxels / low_voxels < LOWRES_GAIN:
         return None, f"{why}, but coarsening saves less than half of the voxels"
-    return found, f"{why}, less than a quarter; at {_mm(found.spacing_mm)} it sees enough"
+    return found, f"{why}, less than a quarter; at {in_mm(found.spacing_mm)} it sees enough"
 
 
 def _size(
@@ -443,24 +373,6 @@ def _size_reasons(
     )
 
 
-def _transpose_reason(spacing: tuple[float, ...], transpose: tuple[int, int, int]) -> Reason:
-    return Reason(
-        topic="axis order",
-        value=" ".join("zyx"[axis] for axis in transpose),
-        why=f"the coarsest axis ({'zyx'[transpose[0]]}, {spacing[transpose[0]]:g} mm) comes first",
-    )
-
-
-def _channel_names(fingerprint: Fingerprint, description: Mapping[str, Any]) -> tuple[str, ...]:
-    names = description.get("channel_names", description.get("modality"))
-    if not isinstance(names, Mapping) or len(names) != len(fingerprint.intensities):
-        raise PlanError(
-            f"dataset.json: 'channel_names' is {names!r}, but the fingerprint has "
-            f"{len(fingerprint.intensities)} channels. Fingerprint the dataset again."
-        )
-    return tuple(str(names[key]) for key in sorted(names, key=int))
-
-
 def _planner_name(preset: Preset, budget: Budget) -> str:
     if preset.planner not in NNUNET_PLANNERS:
         raise PlanError(
@@ -506,33 +418,9 @@ def _rules(preset: Preset, budget: Budget, rules: NetworkRules | None) -> Networ
     )
 
 
-READERS = {
-    ".png": "NaturalImage2DIO",
-    ".bmp": "NaturalImage2DIO",
-    ".tif": "NaturalImage2DIO",
-    ".tiff": "Tiff3DIO",
-    ".nii": "NibabelIO",
-}
-"""File ending -> what nnU-Net reads it with; SimpleITKIO for all others."""
-
-
-def _reader(fingerprint: Fingerprint, description: Mapping[str, Any]) -> str:
-    asked = description.get("overwrite_image_reader_writer")
-    if asked and asked != "None":
-        return str(asked)
-    ending = str(description.get("file_ending", ""))
-    if ending == ".tif" and any(shape[0] > 1 for shape in fingerprint.shapes_after_crop):
-        return "Tiff3DIO"
-    return READERS.get(ending, "SimpleITKIO")
-
-
 def _triple(values: list[Any]) -> tuple[Any, Any, Any]:
     first, second, third = values
     return first, second, third
-
-
-def _mm(spacing: tuple[float, ...]) -> str:
-    return " x ".join(f"{value:.4g}" for value in spacing) + " mm"
 
 
 def _times(sizes: tuple[int, ...]) -> str:
