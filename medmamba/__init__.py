@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from medmamba.dataset import Dataset
     from medmamba.errors import MedMambaError
     from medmamba.labels import LabelMap
-    from medmamba.pipeline import evaluate, plan, predict, train
+    from medmamba.pipeline.evaluating import evaluate
+    from medmamba.pipeline.planning import plan
+    from medmamba.pipeline.predicting import predict
+    from medmamba.pipeline.training import train
     from medmamba.plans.fingerprint import Fingerprint
     from medmamba.plans.plan import Plan
     from medmamba.volume import Geometry, Grid, Volume
@@ -37,10 +40,10 @@ _HOMES = {
     "MedMambaError": "medmamba.errors",
     "Plan": "medmamba.plans.plan",
     "Volume": "medmamba.volume",
-    "evaluate": "medmamba.pipeline",
-    "plan": "medmamba.pipeline",
-    "predict": "medmamba.pipeline",
-    "train": "medmamba.pipeline",
+    "evaluate": "medmamba.pipeline.evaluating",
+    "plan": "medmamba.pipeline.planning",
+    "predict": "medmamba.pipeline.predicting",
+    "train": "medmamba.pipeline.training",
 }
 
 __all__ = [

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import medmamba
 from medmamba.cli.evaluate import print_evaluation
 from medmamba.cli.plan import print_plan
 from medmamba.cli.predict import print_case
@@ -22,24 +23,23 @@ def run_chain(raw: Path, output: Path, *, network: str, max_time_s: float) -> No
     Raises:
         DatasetError: the dataset has no test cases with labels to score.
     """
-    from medmamba import pipeline
     from medmamba.cli.display import StepProgress
 
     dataset = open_dataset(raw)
     work, masks = output / "work", output / "masks"
     with StepProgress() as progress:
-        planned = pipeline.plan(raw, work, network=network, on_progress=progress)
+        planned = medmamba.plan(raw, work, network=network, on_progress=progress)
     print_plan(planned.plan)
     held_out = choose_held_out(dataset, work)
-    trained = pipeline.train(
+    trained = medmamba.train(
         work, network=network, fold=held_out.fold, max_time=max_time_s, overwrite=True,
         on_epoch=print_epoch, on_message=_say,
     )  # fmt: skip
     listing, references = write_held_out(held_out, dataset, output / "held_out")
-    predicted = pipeline.predict(
+    predicted = medmamba.predict(
         listing, masks, trained.model, overwrite="always", on_case=print_case, on_message=_say
     )
-    scores = pipeline.evaluate(
+    scores = medmamba.evaluate(
         references, masks, dataset_json=raw / "dataset.json", output=output / "evaluation"
     )
     picture = draw_case(held_out.cases[0], dataset, masks, output / "overlay.png")

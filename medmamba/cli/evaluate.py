@@ -47,7 +47,7 @@ def evaluate(
 
     Example: [cyan]medmamba evaluate labelsTs masks[/cyan]
     """
-    from medmamba.pipeline import evaluate as run_evaluate
+    from medmamba.pipeline.evaluating import evaluate as run_evaluate
 
     outcome = run_evaluate(
         reference,

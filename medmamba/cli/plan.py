@@ -69,7 +69,7 @@ def plan(
     Example: [cyan]medmamba plan Dataset004_Hippocampus -o work --network plain_unet[/cyan]
     """
     from medmamba.cli.display import StepProgress
-    from medmamba.pipeline import plan as run_plan
+    from medmamba.pipeline.planning import plan as run_plan
 
     def show_report(report: "VerificationReport") -> None:
         print_problems(report)

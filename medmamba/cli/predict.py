@@ -69,7 +69,7 @@ def predict(
 
     Example: [cyan]medmamba predict -i images -o masks -m work/runs/NETWORK/3d_fullres/fold_0[/cyan]
     """
-    from medmamba.pipeline import predict as run_predict
+    from medmamba.pipeline.predicting import predict as run_predict
 
     if overwrite not in OVERWRITE:
         raise UsageError(f"--overwrite '{overwrite}': choose one of {', '.join(OVERWRITE)}.")

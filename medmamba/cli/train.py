@@ -79,7 +79,7 @@ def train(
 
     Example: [cyan]medmamba train work --network lightm_unet_s --fold 0 --max-time 20m[/cyan]
     """
-    from medmamba.pipeline import train as run_train
+    from medmamba.pipeline.training import train as run_train
 
     signal.signal(signal.SIGTERM, _raise_terminated)
     outcome = run_train(
