@@ -398,7 +398,8 @@ class _ScanBackward(torch.autograd.Function):
 
 def _autograd(*values: Any) -> Any:
     # without saved states there is no backward: the caller has seen that nothing wants a gradient
-    return _Scan.apply(*values) if values[-1] else _below_autograd(_SCAN, values)
+    apply: Any = _Scan.apply  # has no annotations
+    return apply(*values) if values[-1] else _below_autograd(_SCAN, values)
 
 
 def _autograd_backward(*values: Any) -> list[Tensor]:
@@ -406,7 +407,8 @@ def _autograd_backward(*values: Any) -> list[Tensor]:
         isinstance(value, Tensor) and value.requires_grad for value in values
     )
     if tracked:
-        return list(_ScanBackward.apply(*values))
+        apply: Any = _ScanBackward.apply
+        return list(apply(*values))
     found: list[Tensor] = _below_autograd(_SCAN_BACKWARD, values)
     return found
 

@@ -1,6 +1,7 @@
 """The compiled scan against the definition, on every instruction set this machine has."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +193,35 @@ def test_refuses_an_order_that_is_no_permutation(bad: list[int]) -> None:
     order = torch.tensor(bad, dtype=torch.int32)
     with pytest.raises(KernelError, match="permutation"):
         native.forward(make_arguments(Sizes(length=3), order=order), save_states=False)
+
+
+def test_rows_beyond_32_bit_offsets(instruction_set: str, tmp_path: Path) -> None:
+    # a file with holes: three rows of it are ever touched
+    size = 2**31 + 64
+    rows = torch.from_file(str(tmp_path / "rows"), shared=True, size=size, dtype=torch.bfloat16)
+    far = rows.as_strided((1, 3, 16), (size, 2**30, 1))
+    arguments = make_arguments(Sizes(batch=1, length=3, channels=16, dtype=torch.bfloat16))
+    far.copy_(arguments.u)
+    out, last, states = native.forward(arguments, save_states=True)
+    moved = replace(arguments, u=far)
+    assert torch.equal(native.forward(moved, save_states=False)[0], out)
+    for near, found in zip(
+        native.backward(arguments, states, out, last, ALL),
+        native.backward(moved, states, out, last, ALL),
+        strict=True,
+    ):
+        assert torch.equal(near, found)
+
+
+@pytest.mark.parametrize("segment", [0, 1, 24, 64])
+@pytest.mark.parametrize("length", [0, 1, 64, 65, 2**40])
+def test_python_and_the_extension_agree_on_the_states(segment: int, length: int) -> None:
+    u = torch.empty(1, 1, 1).expand(3, length, 40)
+    B = torch.empty(1, 1, 1, 1).expand(3, length, 2, 18)
+    A = torch.empty(40, 18)
+    arguments = ScanArguments(u=u, delta=u, A=A, B=B, C=B, segment=segment)
+    expected = native._native.states_shape(3, length, 40, 2, 18, segment)
+    assert native.states_shape(arguments) == tuple(expected)
 
 
 def test_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
