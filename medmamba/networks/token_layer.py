@@ -20,7 +20,8 @@ class TokenLayer(nn.Module):
     Args:
         spec: gives the mixer and the dimension.
         channels: of the map.
-        options: keywords of ``Mamba``.
+        options: keywords of ``Mamba``; ``reverse`` only matters to a local bidirectional scan,
+            which goes backwards in every second layer.
         voxels: of the map, when its channels are the tokens; None makes voxels the tokens.
     """
 

@@ -195,6 +195,7 @@ def encoder_layer(spec: NetworkSpec, stage: int) -> nn.Module:
     channels, voxels = spec.features[stage], map_voxels(spec, stage)
     options = read_options(spec, ENC_OPTIONS)
     over_channels = options.pop(CHANNEL_TOKENS) and voxels <= channels
+    options["reverse"] = stage % 2 == 1
     if over_channels:
         # A sequence of channels has no spatial order to walk in.
         options.update(order="raster", merge="sum")

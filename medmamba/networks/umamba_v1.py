@@ -46,7 +46,10 @@ def build_enc(spec: NetworkSpec) -> nn.Module:
     require_unet(spec)
     options = read_options(spec, OPTIONS)
     residual = ResidualEncoder(spec)
-    layers: list[nn.Module] = [TokenLayer(spec, width, options) for width in spec.features]
+    layers: list[nn.Module] = [
+        TokenLayer(spec, width, {**options, "reverse": stage % 2 == 1})
+        for stage, width in enumerate(spec.features)
+    ]
     encoder = MambaEncoder(residual.stem, list(residual.stages), layers)
     network = UNet(encoder, TransposedDecoder(spec, residual=True))
     initialize_he(network)

@@ -112,32 +112,24 @@ def filled(case: dict[str, Any]) -> nn.Module:
     return network.eval()
 
 
-def test_parameter_count_is_official(network_case: Path) -> None:
+def test_count_and_round_trip_are_official(network_case: Path) -> None:
     case, _ = read_case(network_case)
+    state = draw_state(case)
     network = build(case["network"], case["constructor"])
     assert sum(parameter.numel() for parameter in network.parameters()) == case["n_parameters"]
-
-
-def test_round_trip_gives_every_official_key(network_case: Path) -> None:
-    case, _ = read_case(network_case)
-    state = draw_state(case)
-    written = official_state(filled(case))
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    load_official_state(network, wrapped)
+    assert len(network.state_dict()) == len(case["params"])
+    written = official_state(network)
     assert set(written) == set(state)
     assert all(torch.equal(written[key], state[key]) for key in state)
-    assert len(filled(case).state_dict()) == len(case["params"])
 
 
-def test_wrapper_prefixes_are_accepted(network_case: Path) -> None:
-    case, _ = read_case(network_case)
-    network = build(case["network"], case["constructor"])
-    state = draw_state(case)
-    load_official_state(network, {f"module._orig_mod.{key}": value for key, value in state.items()})
-    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
-
-
-def test_float64_outputs_equal_golden(network_case: Path) -> None:
+def test_outputs_equal_golden(network_case: Path) -> None:
     case, golden = read_case(network_case)
-    network = filled(case).double()
+    network = filled(case)
+    check_float32(network, case, golden)
+    network.double()
     # The stored input is float32, and the official code was run on it.
     image = golden["input"].double()
     with torch.no_grad():
@@ -157,9 +149,7 @@ def test_float64_outputs_equal_golden(network_case: Path) -> None:
         assert relative(output, stored) < allowed
 
 
-def test_float32_error_is_like_the_official_codes(network_case: Path) -> None:
-    case, golden = read_case(network_case)
-    network = filled(case)
+def check_float32(network: nn.Module, case: dict[str, Any], golden: dict[str, Tensor]) -> None:
     with torch.no_grad():
         error = (network(golden["input"]).double() - golden["output_f64"]).abs()
     worst, rms = case["fp32_vs_f64_max_and_rms"]
