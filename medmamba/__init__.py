@@ -1,11 +1,11 @@
-"""medmamba: nnU-Net-style 3D medical image segmentation with networks whose Mamba stages run anywhere.
+"""medmamba: nnU-Net-style 3D medical image segmentation with Mamba networks that run anywhere.
 
 The four verbs of the command line are functions here::
 
     import medmamba
 
     medmamba.plan("Dataset004_Hippocampus", "work", network="lightm_unet_s")
-    medmamba.train("work", network="lightm_unet_s", fold=0, max_time="20m")
+    medmamba.train("work", network="lightm_unet_s", fold=0, max_time=1200)
     medmamba.predict("images", "masks", "work/runs/lightm_unet_s/3d_fullres/fold_0")
     medmamba.evaluate("labels", "masks")
 
