@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -88,6 +89,9 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     """Make torch refuse algorithms whose results vary, for the time of the block."""
     before = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
+    if enabled:
+        # cuBLAS reads it when it is first used; without it torch refuses its products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled or before)
     # Patches all have one size, so that the search for the fastest convolution pays.
     torch.backends.cudnn.benchmark = not enabled
