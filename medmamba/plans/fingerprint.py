@@ -29,8 +29,9 @@ from medmamba.files import (
     write_atomic,
 )
 from medmamba.plans.intensities import ChannelAccumulator, ChannelMeasure, draw_counts, measure
-from medmamba.preprocessing.batch import map_bounded, worker_count
+from medmamba.preprocessing.batch import case_bytes, map_bounded, worker_count
 from medmamba.preprocessing.crop import box_slices, nonzero_region
+from medmamba.preprocessing.memory_gate import free_memory_gate
 from medmamba.preprocessing.recipe import ChannelStatistics
 
 Sampling = Literal["exact", "compatible"]
@@ -43,6 +44,9 @@ SEED = 1234
 
 KEPT_BYTES = 128 * 1024**2
 """Foreground values kept for the second pass; cases beyond that are read again."""
+
+BYTES_PER_VOXEL = 12
+"""Float32 as read, as stacked, and the foreground of it."""
 
 MEASURE_FORMAT = 1
 
@@ -135,7 +139,12 @@ def compute_fingerprint(
     cases = sorted(dataset.training_cases, key=lambda case: case.id)
     if not cases:
         raise DatasetError(f"{dataset.name}: no training cases. Check imagesTr and labelsTr.")
-    pass_one = _Pass(folder=folder, sampling=sampling, draws=SAMPLES // len(cases))
+    pass_one = _Pass(
+        folder=folder,
+        sampling=sampling,
+        draws=SAMPLES // len(cases),
+        channels=len(dataset.channel_names),
+    )
     channels = [ChannelAccumulator() for _ in dataset.channel_names]
     sizes: list[_CaseSize] = []
     unfinished: list[tuple[Case, tuple[bool, ...]]] = []
@@ -181,7 +190,11 @@ class _CaseMeasure:
 class _Pass:
     """Measuring single cases, with what is remembered of them on disk and in memory."""
 
-    def __init__(self, *, folder: Path | None, sampling: Sampling, draws: int) -> None:
+    def __init__(
+        self, *, folder: Path | None, sampling: Sampling, draws: int, channels: int
+    ) -> None:
+        self._gate = free_memory_gate()
+        self._channels = channels
         self._folder = folder
         self._sampling = sampling
         self._draws = draws
@@ -195,7 +208,8 @@ class _Pass:
         known = self._remembered(case, key)
         if known is not None:
             return known
-        size, foreground = _read(case)
+        with self._gate.hold(case_bytes(case, self._channels, BYTES_PER_VOXEL)):
+            size, foreground = _read(case)
         found = _CaseMeasure(
             key=key,
             size=size,

@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from math import prod
 from typing import TypeVar
 
 from medmamba.dataset import Case, Dataset, load_case
 from medmamba.errors import DatasetError, MedMambaError
 from medmamba.files import hash_file, hash_values
+from medmamba.io import read_geometry
 from medmamba.labels import LabelMap
+from medmamba.preprocessing.memory_gate import free_memory_gate
 from medmamba.preprocessing.pipeline import preprocess_case
 from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.preprocessing.store import CaseStore
@@ -21,6 +24,9 @@ from medmamba.volume import Grid
 
 MOST_WORKERS = 8
 """More cases at once cost memory and gain nothing: the disk is the limit then."""
+
+BYTES_PER_VOXEL = 24
+"""Float32 as read and as cropped, and one channel in float64 on both grids, roughly."""
 
 PREPROCESSING_FORMAT = 1
 """Raised when the same inputs would give other arrays, so that stored cases are made anew."""
@@ -55,10 +61,12 @@ def preprocess_cases(
     Raises:
         DatasetError: cases that could not be preprocessed, all of them; the others are stored.
     """
+    gate, channels = free_memory_gate(), len(recipe.channels)
 
     def work(case: Case) -> tuple[bool, str | None]:
         try:
-            return _preprocess_one(case, store, grid, recipe, dataset.label_map), None
+            with gate.hold(case_bytes(case, channels, BYTES_PER_VOXEL)):
+                return _preprocess_one(case, store, grid, recipe, dataset.label_map), None
         except MedMambaError as problem:
             return False, f"case {case.id}: {problem.message}"
 
@@ -84,6 +92,11 @@ def case_key(case: Case, grid: Grid, recipe: PreprocessingRecipe, label_map: Lab
     hashes = [hash_file(path) for path in files]
     made_from = [PREPROCESSING_FORMAT, hashes, list(grid.spacing_mm), recipe, label_map]
     return hash_values(made_from)
+
+
+def case_bytes(case: Case, channels: int, bytes_per_voxel: int) -> int:
+    """Estimate the memory that working on a case takes, from the header of its first file."""
+    return prod(read_geometry(case.images[0]).shape) * channels * bytes_per_voxel
 
 
 def worker_count(workers: int | None) -> int:
