@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medmamba.errors import PlanError
 from medmamba.kernels import selective_scan
 from medmamba.kernels.mamba_block import MambaWeights, mamba_block
 from medmamba.networks.channels_last import depthwise_conv
@@ -84,6 +85,7 @@ class Mamba(ScanBranch):
         merge: str = "sum",
         reverse: bool = False,
     ) -> None:
+        require_sizes(d_state=d_state, d_conv=d_conv, expand=expand)
         inner, rank = expand * d_model, step_rank(d_model)
         super().__init__(inner, rank, d_state=d_state, d_conv=d_conv)
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
@@ -165,6 +167,9 @@ class DirectionalScan(nn.Module):
         reverse: bool = False,
     ) -> None:
         super().__init__()
+        require_sizes(d_state=d_state, d_conv=d_conv, expand=expand)
+        if d_conv % 2 == 0:
+            raise PlanError(f"option d_conv is {d_conv}; give an odd number, the side of a kernel.")
         inner, rank = expand * d_model, step_rank(d_model)
         count = count_directions(order, dimension)
         self.dimension, self.d_state = dimension, d_state
@@ -251,6 +256,17 @@ class DirectionAttention(nn.Module):
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     """Sum from first to last, so that the rounding is the same everywhere."""
     return functools.reduce(torch.add, parts)
+
+
+def require_sizes(**sizes: int) -> None:
+    """Refuse option values that are no positive whole numbers.
+
+    Raises:
+        PlanError: naming the option and its value.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PlanError(f"option {name} is {value!r}; give a whole number from 1.")
 
 
 def step_rank(d_model: int) -> int:

@@ -196,11 +196,19 @@ def test_mean_is_the_sum_over_the_number_of_directions() -> None:
     [
         ({"order": "spiral"}, "scan order 'spiral' does not exist. Choose one of: raster"),
         ({"merge": "product"}, "merge 'product' does not exist. Choose one of: sum, mean"),
+        ({"d_state": "many"}, "option d_state is 'many'; give a whole number from 1"),
+        ({"expand": 0}, "option expand is 0"),
+        ({"d_conv": 3.5}, r"option d_conv is 3\.5"),
     ],
 )
-def test_unknown_options_are_named(build: Any, options: dict[str, str], match: str) -> None:
+def test_options_that_cannot_be_are_named(build: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(PlanError, match=match):
         build(WIDTH, dimension=3, **options)
+
+
+def test_side_of_a_depthwise_kernel_is_odd() -> None:
+    with pytest.raises(PlanError, match="option d_conv is 4; give an odd number"):
+        DirectionalScan(WIDTH, 2, d_conv=4)
 
 
 @pytest.mark.parametrize("build", [Mamba, DirectionalScan])
