@@ -103,15 +103,92 @@ struct Tokens {
   int count;
 };
 
-// Column by column where the tokens, not the channels, are neighbours.
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInt __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define MEDMAMBA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MEDMAMBA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourInt{__VA_ARGS__})
+#endif
+
+// Rows become columns: out[i][j] = in[j][i].
+MEDMAMBA_INLINE void transpose(Four* v) {
+  const Four a = MEDMAMBA_SHUFFLE(v[0], v[1], 0, 4, 1, 5);
+  const Four b = MEDMAMBA_SHUFFLE(v[2], v[3], 0, 4, 1, 5);
+  const Four c = MEDMAMBA_SHUFFLE(v[0], v[1], 2, 6, 3, 7);
+  const Four d = MEDMAMBA_SHUFFLE(v[2], v[3], 2, 6, 3, 7);
+  v[0] = MEDMAMBA_SHUFFLE(a, b, 0, 1, 4, 5);
+  v[1] = MEDMAMBA_SHUFFLE(a, b, 2, 3, 6, 7);
+  v[2] = MEDMAMBA_SHUFFLE(c, d, 0, 1, 4, 5);
+  v[3] = MEDMAMBA_SHUFFLE(c, d, 2, 3, 6, 7);
+}
+
+// 1 or -1 where four positions from t on visit four neighbouring tokens in that direction, else 0.
+MEDMAMBA_INLINE int direction(const Tokens& tokens, int t) {
+  if (t + 4 > tokens.count) return 0;
+  const int64_t step = tokens.token[t + 1] - tokens.token[t];
+  if (step != 1 && step != -1) return 0;
+  const bool even = tokens.token[t + 2] == tokens.token[t] + 2 * step &&
+                    tokens.token[t + 3] == tokens.token[t] + 3 * step;
+  return even ? int(step) : 0;
+}
+
+// Where the tokens, not the channels, are neighbours: four by four where the order allows, else one by one.
 template <class T>
 static void load_columns(const typename T::Stored* base, const Rows& rows, const Tokens& tokens,
                          int lanes, float* tile, int pitch) {
-  for (int lane = 0; lane < lanes; ++lane) {
-    const typename T::Stored* column = base + lane * rows.channel_stride;
-    for (int t = 0; t < tokens.count; ++t) {
-      tile[t * pitch + lane] = T::widen(column[tokens.token[t] * rows.token_stride]);
+  for (int t = 0; t < tokens.count;) {
+    const int step = rows.token_stride == 1 ? direction(tokens, t) : 0;
+    int lane = 0;
+    for (; step != 0 && lane + 4 <= lanes; lane += 4) {
+      const int64_t first = tokens.token[step > 0 ? t : t + 3];
+      Four v[4];
+      for (int i = 0; i < 4; ++i) {
+        const typename T::Stored* from = base + (lane + i) * rows.channel_stride + first;
+        v[i] = Four{T::widen(from[0]), T::widen(from[1]), T::widen(from[2]), T::widen(from[3])};
+      }
+      transpose(v);
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(tile + (t + (step > 0 ? i : 3 - i)) * pitch + lane, &v[i], sizeof(Four));
+      }
     }
+    const int next = step != 0 ? t + 4 : t + 1;
+    for (; lane < lanes; ++lane) {
+      const typename T::Stored* column = base + lane * rows.channel_stride;
+      for (int i = t; i < next; ++i) {
+        tile[i * pitch + lane] = T::widen(column[tokens.token[i] * rows.token_stride]);
+      }
+    }
+    t = next;
+  }
+}
+
+template <class T>
+static void store_columns(typename T::Stored* base, const Rows& rows, const Tokens& tokens, int lanes,
+                          const float* tile) {
+  for (int t = 0; t < tokens.count;) {
+    const int step = rows.token_stride == 1 ? direction(tokens, t) : 0;
+    int lane = 0;
+    for (; step != 0 && lane + 4 <= lanes; lane += 4) {
+      const int64_t first = tokens.token[step > 0 ? t : t + 3];
+      Four v[4];
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(&v[i], tile + (t + (step > 0 ? i : 3 - i)) * kLanes + lane, sizeof(Four));
+      }
+      transpose(v);
+      for (int i = 0; i < 4; ++i) {
+        typename T::Stored* to = base + (lane + i) * rows.channel_stride + first;
+        for (int k = 0; k < 4; ++k) to[k] = T::narrow(v[i][k]);
+      }
+    }
+    const int next = step != 0 ? t + 4 : t + 1;
+    for (; lane < lanes; ++lane) {
+      typename T::Stored* column = base + lane * rows.channel_stride;
+      for (int i = t; i < next; ++i) {
+        column[tokens.token[i] * rows.token_stride] = T::narrow(tile[i * kLanes + lane]);
+      }
+    }
+    t = next;
   }
 }
 
@@ -161,12 +238,7 @@ static void store_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens
     }
     return;
   }
-  for (int lane = 0; lane < lanes; ++lane) {
-    typename T::Stored* column = base + lane * rows.channel_stride;
-    for (int t = 0; t < tokens.count; ++t) {
-      column[tokens.token[t] * rows.token_stride] = T::narrow(tile[t * kLanes + lane]);
-    }
-  }
+  store_columns<T>(base, rows, tokens, lanes, tile);
 }
 
 static void store_tile(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes,

@@ -97,8 +97,16 @@ def test_leaves_longer_segments_to_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_agrees_with_channels_first_views(instruction_set: str, dtype: torch.dtype) -> None:
-    arguments = make_arguments(Sizes(channels=37, length=130, dtype=dtype))
+@pytest.mark.parametrize("walk", ["raster", "reverse", "shuffled"])
+def test_agrees_with_channels_first_views(
+    instruction_set: str, dtype: torch.dtype, walk: str
+) -> None:
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(1)).int()
+    arguments = make_arguments(
+        Sizes(channels=37, length=130, state=7, dtype=dtype),
+        order=order if walk == "shuffled" else None,
+        reverse=walk == "reverse",
+    )
     first = replace(
         arguments,
         **{name: getattr(arguments, name).mT.contiguous().mT for name in ("u", "delta", "gate")},
