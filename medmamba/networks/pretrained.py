@@ -44,6 +44,9 @@ RENAMED = (
 )
 """Names of VMamba's later code and of its merging layers, as the encoder here calls them."""
 
+FROZEN_EPOCHS = 10
+"""Epochs for which the official trainers keep a pretrained encoder fixed."""
+
 IMAGENET_CHANNELS = 3
 ROW, COLUMN, ROW_BACK, COLUMN_BACK = range(4)
 """Directions in the stacked tensors of SS2D."""
@@ -130,6 +133,22 @@ def start_from_vmamba(
     )
     logging.getLogger(__name__).info("pretrained weights: %s", report.summary)
     return report
+
+
+def frozen_parameters(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that stay fixed during ``FROZEN_EPOCHS``.
+
+    They are the encoder's, without the patch embedding, which sees other images than ImageNet's.
+
+    Raises:
+        BundleError: a network without a VMamba encoder.
+    """
+    encoder = require_encoder(network)
+    return tuple(
+        f"vssm_encoder.{name}"
+        for name, _ in encoder.named_parameters()
+        if not name.startswith("patch_embed.")
+    )
 
 
 def require_encoder(network: nn.Module) -> VSSEncoder:

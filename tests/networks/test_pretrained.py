@@ -13,6 +13,7 @@ from medmamba.errors import BundleError
 from medmamba.networks.channels_last import depthwise_conv
 from medmamba.networks.pretrained import (
     PretrainedReport,
+    frozen_parameters,
     inflate_merging,
     pick_directions,
     start_from_vmamba,
@@ -162,6 +163,14 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(
     with pytest.raises(BundleError, match=match):
         start_from_vmamba(network, broken)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_encoder_but_its_embedding_stays_fixed_at_first() -> None:
+    network = build(spec("swin_umamba_d"))
+    names = set(frozen_parameters(network))
+    every = {name for name, _ in network.named_parameters()}
+    assert names < every
+    assert all(name.startswith(("decoder.", "vssm_encoder.patch_embed.")) for name in every - names)
 
 
 def test_other_networks_are_refused(state: dict[str, Tensor]) -> None:
