@@ -21,7 +21,8 @@ def render(results: dict) -> str:
         f"Measured on {results['machine']} ({results['instruction_set']} there), "
         f"torch {results['torch']}, {results['dtype']}, {results['state']} states, one thread, "
         "medians of thread CPU time, interleaved in one process. The last columns say how many "
-        f"times longer each PyTorch form takes. The machine ran {busy:.1f} processes per processor meanwhile; "
+        "times longer each PyTorch form takes. "
+        f"The machine ran {busy:.1f} processes per processor meanwhile; "
         "figures count from about 1.5 on as an upper bound only.",
         "",
         "| direction | length | channels | ns per element | spread | " + " | ".join(names) + " |",

@@ -15,7 +15,7 @@ namespace medmamba {
 namespace {
 
 // Below this many elements (token x channel x state) a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 1 << 18;
+constexpr int64_t kElementsPerThread = 1 << 20;
 constexpr int64_t kPanel = int64_t(kPanelTiles) * kTile;
 
 const Kernels& kernels_named(const std::string& name) {

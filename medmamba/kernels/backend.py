@@ -56,6 +56,7 @@ ORDER = tuple(MODULES)  # fastest first
 SLOW = ("torch", "reference")
 SELF_TEST_SHAPE = (1, 1024, 64, 16)  # batch, length, channels, state
 SELF_TEST_TOLERANCE = 1e-5
+SELF_TEST_TIME_S = 0.05  # timing of one backend
 
 
 class Backend(Protocol):
@@ -208,12 +209,15 @@ def _self_test(backend: Backend, arguments: ScanArguments) -> tuple[float, float
     )
     expected = reference.forward(exact, save_states=False)[0]
     found = backend.forward(arguments, save_states=False)[0]
-    start = time.perf_counter()
-    backend.forward(arguments, save_states=False)[0].sum().item()
-    elapsed_s = time.perf_counter() - start
+    best_s, spent_s = float("inf"), 0.0
+    while spent_s < SELF_TEST_TIME_S:
+        start = time.perf_counter()
+        backend.forward(arguments, save_states=False)[0][0, 0, 0].item()
+        elapsed_s = time.perf_counter() - start
+        best_s, spent_s = min(best_s, elapsed_s), spent_s + elapsed_s
     error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
     elements = arguments.u.numel() * arguments.state
-    return error, elapsed_s / elements * 1e9
+    return error, best_s / elements * 1e9
 
 
 def _self_test_arguments(device: str) -> ScanArguments:
