@@ -42,6 +42,7 @@ from medmamba.io import (
     FORMATS,
     Gate,
     SourceHeader,
+    labels_on_file_grid,
     read_header,
     write_labels,
 )
@@ -174,7 +175,8 @@ class CaseWork:
         with job.watch.time("write"):
             write_labels(path, labels, header, label_names=dict(label_map.foreground))
         output = OutputFile(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
-        statistics = describe_labels(labels, header.geometry, label_map)
+        stored = labels_on_file_grid(labels, header)
+        statistics = describe_labels(stored, header.geometry, label_map)
         job.record = self._record(job, output=output, labels=statistics)
         self._store(job.record)
 

@@ -41,6 +41,7 @@ def train(
     batch_size: int | None = None,
     loss: str | None = None,
     resume: bool = False,
+    extend: bool = False,
     overwrite: bool = False,
     seed: int = 0,
     precision: str = "auto",
@@ -62,6 +63,7 @@ def train(
         batch_size: patches per step instead of the plan's.
         loss: key of ``medmamba.training.losses.LOSSES`` instead of the preset's.
         resume: go on from the latest checkpoint.
+        extend: with ``resume``, accept another length than the run began with.
         overwrite: start again although the run exists.
         seed: of weights, patches and augmentation.
         precision: ``auto`` takes bf16 where the device has it natively.
@@ -98,6 +100,7 @@ def train(
         seed=seed,
         max_time_s=max_time,
         deterministic=deterministic,
+        extend=extend,
         outside_is_zero_channels=_masked_channels(branch),
     )
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
