@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kerne
 	@touch $@
 
 build: ## rebuild the native scan kernel and the installed presets
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --editable .
 
 demo: setup ## plan, train, predict and evaluate on real brain MRI (under 10 minutes on 2 cores)

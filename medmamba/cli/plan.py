@@ -41,6 +41,9 @@ def plan(
             help="Memory to plan for (default: the preset's, 8).",
         ),
     ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Plan for a CPU: smaller patches for Mamba networks.")
+    ] = False,
     configurations: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,6 +83,7 @@ def plan(
             work,
             network=network,
             memory_gb=gpu_memory,
+            device="cpu" if cpu else "cuda",
             configurations=tuple(configurations or ()),
             spacing_mm=parse_spacing(spacing),
             preprocess=preprocess,

@@ -55,6 +55,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")
     ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="With --resume: give a finished run another length.")
+    ] = False,
     seed: Annotated[
         int, typer.Option("--seed", help="Seed of weights, patches and augmentation.")
     ] = 0,
@@ -93,6 +96,7 @@ def train(
         batch_size=batch_size,
         loss=loss,
         resume=resume,
+        extend=extend,
         overwrite=overwrite,
         seed=seed,
         precision=precision,

@@ -193,7 +193,7 @@ def still_holds(record: CommitRecord | None, folder: Path) -> bool:
 
 
 def describe_labels(
-    labels: NDArray[np.unsignedinteger[Any]], geometry: Geometry, label_map: LabelMap
+    labels: NDArray[np.integer[Any]], geometry: Geometry, label_map: LabelMap
 ) -> tuple[LabelStatistics, ...]:
     """Measure every label and region of a mask (D, H, W)."""
     boxes = find_objects(labels.astype(np.int32, copy=False))

@@ -1,7 +1,7 @@
-"""The class that nnU-Net imports by the name our plans carry, so that its trainer trains our networks.
+"""The class that nnU-Net imports by the name our plans carry, so that it can train our networks.
 
-nnU-Net calls it with channels, classes and the plan's ``arch_kwargs``, and switches deep supervision
-through ``decoder.deep_supervision``.
+nnU-Net calls it with channels, classes and the plan's ``arch_kwargs``, and switches deep
+supervision through ``decoder.deep_supervision``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medmamba.dataset import (
     Dataset,
@@ -56,6 +56,7 @@ def plan(
     *,
     network: str = "lightm_unet_s",
     memory_gb: float | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
     configurations: tuple[str, ...] = (),
     spacing_mm: tuple[float, ...] | None = None,
     preprocess: bool = True,
@@ -70,6 +71,7 @@ def plan(
         output: the work folder; made if needed, continued if interrupted.
         network: key of the shipped presets.
         memory_gb: memory of the target device; the preset's reference when None.
+        device: ``cpu`` bounds the patch of Mamba networks by time as well.
         configurations: what to preprocess; the preferred one when empty.
         spacing_mm: target spacing (z, y, x) instead of the dataset's median.
         preprocess: False stops after the plan is written.
@@ -92,7 +94,7 @@ def plan(
         on_verified(report)
     if report.fatal:
         raise DatasetError(_first_fatal(report, work.verification))
-    decided = _decide(raw, work, network, Budget(memory_gb=memory_gb, spacing_mm=spacing_mm),
+    decided = _decide(raw, work, network, Budget(memory_gb=memory_gb, spacing_mm=spacing_mm, device=device),
                       workers=workers, on_progress=on_progress)  # fmt: skip
     stores: tuple[Path, ...] = ()
     if preprocess:
