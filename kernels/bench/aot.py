@@ -4,8 +4,8 @@
 
 Runs the real host code over tensors without memory, records what it would launch, compiles exactly
 that for each architecture, and reads registers, spills and the innermost loop from the machine
-code: an element is one (batch, token, channel, state), and counts are per element and thread. Needs the
-disassembler that triton ships (NVIDIA); AMD's listing comes from the compiler itself.
+code: an element is one (batch, token, channel, state), and counts are per element and thread.
+Needs the disassembler that triton ships (NVIDIA); AMD's listing comes from the compiler itself.
 """
 
 from __future__ import annotations
@@ -111,12 +111,14 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPE_NAMES[value.dtype]}"
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif value is None or name.isupper() or value == 1:
+            continue
+        generic = name in triton_forward.SIZES
+        if value is None or name.isupper() or (value == 1 and not generic):
             signature[name] = "constexpr"
             constants[name] = value
         else:
             signature[name] = "i64" if value >= INT32_LIMIT else "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not generic:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     keys = ("num_warps", "enable_fp_fusion", "maxnreg")
     options = {key: launch.arguments[key] for key in keys if key in launch.arguments}
@@ -132,7 +134,7 @@ def measure(launch: Launch, arch: str, dtype: str) -> Compiled:
     compiled = compile_launch(launch, target)
     tile, state = launch.arguments["BD"], launch.arguments["N"]
     if launch.name == "state_pass":
-        state = 8  # chunks of one round of its loop
+        state = triton_forward.PREFETCH.value  # chunks of one round of its loop
     per_thread = tile * state / target.warp_size
     if target.backend == "cuda":
         usage, loop = _read_nvidia(compiled.asm["cubin"])

@@ -3,13 +3,14 @@
 With g_t the gradient of the state h_t, r_t = a_{t+1} g_{t+1} the carry and q_t = g_t a_t h_{t-1},
 each state obeys
 
-    q_{t+1} = q_t + x_t B_t g_t - dy_t C_t h_t,        x_t = dt_t u_t
+    q_{t+1} = q_t + x_t B_t r_t - dy_t C_t a_t h_{t-1},        x_t = dt_t u_t
 
 so what seems to need h and g at once, the part of the gradients of dt and A that goes through the
-decay, is a running sum of scalars: R_t = sum_n A_n C_tn h_tn from a forward walk (`forward_pass`)
-and P_t = sum_n A_n B_tn g_tn from a reverse walk (`reverse_pass`). The sum is anchored where a
-segment ends, at sum_n A_n r_n h_n, which the forward walk knows. Our own derivation; shapes as in
-triton_forward.py.
+decay, is a running sum of scalars: R_t = sum_n A_n C_tn a_tn h_{t-1,n} from a forward walk
+(`forward_pass`) and P_t = sum_n A_n B_tn r_tn from a reverse walk (`reverse_pass`). Both leave the
+token's own input out, which would cancel between them, so nothing is lost where decays are strong.
+The sum is anchored where a segment ends, at sum_n A_n r_n h_n, which the forward walk knows. Our
+own derivation; shapes as in triton_forward.py.
 """
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
@@ -20,14 +21,14 @@ import triton  # noqa: TID251  (part of triton's door)
 import triton.language as tl  # noqa: TID251
 
 from medmamba.kernels.triton_forward import (
-    LOG2E,
+    SIZES,
     load,
     load_decays,
     load_scalars,
     load_states,
-    log1p_of_unit,
     place,
     sigmoid,
+    softplus,
     step_size,
     store,
     stretch,
@@ -80,7 +81,7 @@ def store_sums(pointer, pairs, N: tl.constexpr, LEVELS: tl.constexpr, LANE_BITS:
     tl.store(pointer + n, total, mask=first & (n < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_pass(
     u,
     delta,
@@ -141,11 +142,12 @@ def forward_pass(
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):
     """Recompute h; write R_t, anchors, the gradients of C and the gate, and a part of that of A.
 
     `decay_sum` (b, l, d) receives R_t; `anchor` and `delta_sum` (b, c, segments, d); `grad_C`
-    (tiles, b, l, g, n) and `grad_A` (b, c, n, d) are summed over the first dimensions by the host.
+    (tiles, b, l, g, n) and `grad_A` (programs, n, tile) are summed over programs by the host.
     """
     batch, chunk, group, tile, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
     mask = lane < group_channels
@@ -174,7 +176,9 @@ def forward_pass(
     if states is not None:
         state = load_states(states + index * states_chunk + d, channels, mask, N, EVEN)
     sum_skip = tl.zeros([BD], tl.float32)
-    segments = tl.cdiv(last - first, segment)
+    segments = 1
+    if SEGMENTED:
+        segments = tl.cdiv(last - first, segment)
     for s in range(segments):
         nth = s
         if DESCEND:
@@ -223,9 +227,9 @@ def forward_pass(
                 seen = h
                 if EXCLUSIVE:
                     seen = kept
-                shown = c[n] * seen
+                shown = c[n] * kept
                 if gate is not None:
-                    y += shown
+                    y += c[n] * seen
                 total += A2[n] * shown
                 sloped = sloped + (slope[n] + weighted * shown,)
                 moved = moved + (h,)
@@ -259,13 +263,14 @@ def forward_pass(
         at_segment = (index * segments_per_chunk + nth) * channels + d
         store(anchor + at_segment, reached, mask, EVEN)
         store(delta_sum + at_segment, elapsed, mask, EVEN)
+    own = grad_A + tl.program_id(0).to(tl.int64) * (N * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
-        store(grad_A + (index * N + n) * channels + d, slope[n], mask, EVEN)
+        tl.store(own + n * BD, slope[n])
     if grad_skip is not None:
         store(grad_skip + index * channels + d, sum_skip, mask, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reverse_pass(
     u,
     delta,
@@ -327,6 +332,7 @@ def reverse_pass(
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     FINAL: tl.constexpr,
 ):
     """Recompute g against the walk of the forward; write all gradients that need it.
@@ -348,11 +354,11 @@ def reverse_pass(
     if grad_B is not None:
         grad_B += ((tile * batches + batch) * length * groups + group) * N
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
+    index = batch * chunks + chunk
     if delta_bias is not None:
         bias = load(delta_bias + d, mask, EVEN)
     if skip is not None:
         skip_row = load(skip + d, mask, EVEN)
-    index = batch * chunks + chunk
     carry = ()
     slope = ()
     for n in tl.static_range(N):
@@ -361,7 +367,9 @@ def reverse_pass(
     if carries is not None:
         carry = load_states(carries + index * carries_chunk + d, channels, mask, N, EVEN)
     sum_bias = tl.zeros([BD], tl.float32)
-    segments = tl.cdiv(last - first, segment)
+    segments = 1
+    if SEGMENTED:
+        segments = tl.cdiv(last - first, segment)
     for s in range(segments):
         nth = segments - 1 - s
         if DESCEND:
@@ -387,16 +395,14 @@ def reverse_pass(
                 raw += bias
             dt = raw
             if SOFTPLUS:
-                e = tl.exp2(-tl.abs(raw) * LOG2E)
-                positive = raw > 0
-                dt = tl.where(positive, raw, 0.0) + log1p_of_unit(e)
+                dt = softplus(raw)
             dy = load(grad_out + row * out_row + d, mask, EVEN)
             if gate is not None:
                 z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
                 dy = dy * z * sigmoid(z)
-            seen_sum = load(decay_sum + at, mask, EVEN)
             b = load_scalars(B + row * B_row, N)
             c = load_scalars(C + row * C_row, N)
+            seen_sum = load(decay_sum + at, mask, EVEN)
             driven = dt * x
             weighted = elapsed * driven
             pushed = tl.zeros([BD], tl.float32)
@@ -409,8 +415,8 @@ def reverse_pass(
                 felt = g
                 if EXCLUSIVE:
                     felt = carry[n]
-                fed = b[n] * felt
-                pushed += fed
+                fed = b[n] * carry[n]
+                pushed += b[n] * felt
                 total += A2[n] * fed
                 sloped = sloped + (slope[n] - weighted * fed,)
                 moved = moved + (tl.exp2(dt * A2[n]) * g,)
@@ -437,12 +443,13 @@ def reverse_pass(
                 if skip is not None:
                     du += skip_row * dy
                 if SOFTPLUS:
-                    ddt *= tl.where(positive, 1.0, e) / (1.0 + e)
+                    ddt *= sigmoid(raw)
                 sum_bias += ddt
             store(grad_u + at, du, mask, EVEN)
             store(grad_delta + at, ddt, mask, EVEN)
+    own = grad_A + tl.program_id(0).to(tl.int64) * (N * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
-        store(grad_A + (index * N + n) * channels + d, slope[n], mask, EVEN)
+        tl.store(own + n * BD, slope[n])
     if FINAL:
         if delta_bias is not None:
             store(grad_bias + index * channels + d, sum_bias, mask, EVEN)

@@ -19,7 +19,20 @@ import triton.language as tl  # noqa: TID251
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # States a program of state_pass reads before it needs the first: hides the latency of memory.
-PREFETCH = tl.constexpr(8)
+PREFETCH = tl.constexpr(16)
+# Sizes that change from volume to volume: one compiled kernel serves them all.
+SIZES = (
+    "length",
+    "window",
+    "chunk_length",
+    "segment",
+    "per_window",
+    "chunks",
+    "segments_per_chunk",
+    "windows",
+    "initial_window",
+    "batches",
+)
 
 
 @triton.jit
@@ -148,7 +161,7 @@ def step_size(raw, bias, SOFTPLUS: tl.constexpr):
     return raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_state(
     value,
     gate,
@@ -234,7 +247,7 @@ def chunk_state(
         store(states + index * states_chunk + n * channels + d, state[n], mask, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state_pass(
     states,
     delta_sum,
@@ -292,7 +305,7 @@ def state_pass(
             carry = decay[k] * carry + local[k]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chunk_scan(
     u,
     delta,
@@ -339,6 +352,7 @@ def chunk_scan(
     REVERSE: tl.constexpr,
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):
     """Walk each chunk from its true incoming state and write the output rows.
 
@@ -366,7 +380,9 @@ def chunk_scan(
         state = ()
         for n in tl.static_range(N):
             state = state + (tl.zeros([BD], tl.float32),)
-    segments = tl.cdiv(last - first, segment)
+    segments = 1
+    if SEGMENTED:
+        segments = tl.cdiv(last - first, segment)
     for s in range(segments):
         begin = first + s * segment
         if DESCEND:

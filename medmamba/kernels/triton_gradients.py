@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medmamba.kernels.arguments import Gradients, Needs
-from medmamba.kernels.triton_cut import Leg, tile_of
+from medmamba.kernels.triton_cut import Leg, group_channels, tile_of
 from medmamba.kernels.triton_launch import Scan, laid_out_as
 
 
@@ -35,7 +35,8 @@ class _Backward:
         arguments = scan.arguments
         self.scan, self.needs, self.grad_out = scan, needs, grad_out
         self.legs = scan.legs(trained=True)
-        self.tiles = scan.tiles_per_group(tile_of(arguments, scan.tuning.backward_tile))
+        self.tile = tile_of(arguments, scan.tuning.backward_tile)
+        self.tiles = scan.tiles_per_group(self.tile)
         self.grad_u = _like(arguments.u)
         self.grad_delta = _like(arguments.delta)
         gate = arguments.gate
@@ -64,7 +65,8 @@ class _Backward:
             self._reserve("delta_bias", (*shape, arguments.channels))
         segments = (*shape, leg.cut.segments_per_chunk, arguments.channels)
         anchor, delta_sum = scan.float(*segments), scan.float(*segments)
-        grad_A = scan.float(2, *shape, leg.last - leg.first, arguments.channels)
+        programs = (*shape, arguments.groups, self.tiles)
+        grad_A = scan.float(2, *programs, leg.last - leg.first, self.tile)
         self._forward_pass(
             leg,
             states=self._entering_states(leg, states),
@@ -94,7 +96,7 @@ class _Backward:
             grad_bias=self.parameters.get("delta_bias"),
         )
         self.partial_u, self.partial_delta = target_u, target_delta
-        self.slopes.append((leg, grad_A.sum((0, 1, 2)).mT))
+        self.slopes.append((leg, self._over_programs(grad_A)))
 
     def gradients(self) -> Gradients:
         """Reduce what the programs wrote, in a fixed order."""
@@ -166,6 +168,12 @@ class _Backward:
     def _reserve(self, name: str, shape: tuple[int, ...]) -> None:
         if getattr(self.scan.arguments, name) is not None:
             self.parameters[name] = self.scan.float(*shape)
+
+    def _over_programs(self, part: Tensor) -> Tensor:
+        """Sum (passes, b, chunks, groups, tiles, n, tile) to (d, n)."""
+        tiled = part.sum((0, 1, 2)).mT
+        whole = tiled.reshape(tiled.shape[0], self.tiles * self.tile, tiled.shape[-1])
+        return whole[:, : group_channels(self.scan.arguments)].reshape(-1, tiled.shape[-1])
 
     def _assemble(self, parts: list[tuple[Leg, Tensor]], like: Tensor) -> Tensor:
         """Add the legs' blocks of states, in the type of the argument."""

@@ -166,6 +166,7 @@ class Scan:
             last_batch=last.stride(0),
             DESCEND=leg.descend,
             EXCLUSIVE=leg.exclusive,
+            SEGMENTED=leg.cut.segments_per_chunk > 1,
             **OPTIONS,
         )
 
@@ -196,6 +197,7 @@ class Scan:
             carries_chunk=0 if carries is None else carries.stride(1),
             DESCEND=leg.descend,
             EXCLUSIVE=leg.exclusive,
+            SEGMENTED=leg.cut.segments_per_chunk > 1,
             **self._registers(),
             **OPTIONS,
         )
@@ -227,6 +229,7 @@ class Scan:
             initial_batch=0 if grad_initial is None else grad_initial.stride(0),
             DESCEND=leg.descend,
             EXCLUSIVE=leg.exclusive,
+            SEGMENTED=leg.cut.segments_per_chunk > 1,
             FINAL=final,
             **self._registers(),
             **OPTIONS,
