@@ -14,6 +14,7 @@ from medmamba.training.losses import DeepSupervision, LossSettings, build_loss, 
 from medmamba.training.optimization import WeightAverage, clip_gradients, make_optimizer
 from medmamba.training.precision import autocast
 from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.sample_threads import SampleThreads, suits
 from medmamba.training.sampling import Batch
 
 
@@ -32,6 +33,7 @@ class Stepper:
     Args:
         network: on its device already.
         precision: ``bf16``, ``fp16`` or ``fp32``.
+        batch_size: of the batches to come, which decides how a CPU shares the work.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Stepper:
         *,
         device: torch.device,
         precision: str,
+        batch_size: int = 1,
     ) -> None:
         if hasattr(network, "deep_supervision"):
             network.deep_supervision = recipe.deep_supervision  # type: ignore[assignment]
@@ -59,14 +62,25 @@ class Stepper:
         self._clip = recipe.gradient_clip
         self._device = device
         self._precision = precision
+        self._samples = (
+            SampleThreads(network, precision=precision)
+            if suits(network, device, batch_size)
+            else None
+        )
 
     def train(self, batch: Batch, learning_rate: float, iteration: int) -> StepOutcome:
         """Update the weights by one batch, unless its loss or gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, _ = self._forward(batch)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self._samples is not None:
+            target = self._target(batch)
+            loss = self._samples.gradients(
+                batch.data, lambda outputs: self._loss(outputs, target)
+            )
+        else:
+            loss, _ = self._forward(batch)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.network.parameters(), self._clip)
         loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
@@ -95,10 +109,13 @@ class Stepper:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         data = batch.data.to(self._device, non_blocking=True)
-        labels = batch.labels.to(self._device, non_blocking=True)
-        target = region_targets(labels, self._label_map) if self._label_map.has_regions else labels
+        target = self._target(batch)
         with autocast(self._device, self._precision):
             outputs = self.network(data)
         if isinstance(outputs, Tensor):
             outputs = [outputs]
         return self._loss(outputs, target), outputs
+
+    def _target(self, batch: Batch) -> Tensor:
+        labels = batch.labels.to(self._device, non_blocking=True)
+        return region_targets(labels, self._label_map) if self._label_map.has_regions else labels

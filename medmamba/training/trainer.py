@@ -97,8 +97,14 @@ class _FoldRun:
         self.best = setup.run_folder / BEST
         torch.manual_seed(_model_seed(setup.seed, 0))
         network = build_network(setup.network).to(self.device)
+        self._batch_size = batch_size_on(setup.recipe, self.device)
         self.stepper = Stepper(
-            network, setup.recipe, setup.label_map, device=self.device, precision=self.precision
+            network,
+            setup.recipe,
+            setup.label_map,
+            device=self.device,
+            precision=self.precision,
+            batch_size=self._batch_size,
         )
         self.state = self._initial_state(resume)
         clock.before_s = self.state.elapsed_s
@@ -109,7 +115,6 @@ class _FoldRun:
         self._skipped = 0
         self._training_s = self._waiting_s = 0.0
         self._curves_at = clock.elapsed_s()
-        self._batch_size = batch_size_on(setup.recipe, self.device)
         self._store = CaseStore(setup.store_folder)
         self._record_start()
 
@@ -130,7 +135,7 @@ class _FoldRun:
         if state.length != self.setup.length and not self.setup.extend:
             raise CheckpointError(
                 f"checkpoint {self.latest}: its run was laid out for {state.length}, this one is "
-                f"for {self.setup.length}. Resume with the same length, or extend it explicitly."
+                f"for {self.setup.length}. Resume with the same length, or add --extend."
             )
         stepper = self.stepper
         checkpoints.restore_network(stepper.network, found, self.latest)
