@@ -88,7 +88,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        app([argument for argument in arguments if argument != "--debug"], prog_name="medmamba")
     except MedMambaError as error:
         if debug:
             traceback.print_exc()

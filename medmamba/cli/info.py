@@ -56,23 +56,32 @@ def _print_networks(*, as_json: bool) -> None:
     import json
 
     from medmamba.cli.display import data, make_table
-    from medmamba.networks import describe_networks
+    from medmamba.files import to_plain
+    from medmamba.networks.describe import OPERATIONS_FORMULA, describe_networks
 
+    print("building every network once; this takes a minute", file=sys.stderr)
     rows = describe_networks()
     if as_json:
-        from medmamba.files import to_plain
-
         sys.stdout.write(json.dumps([to_plain(row) for row in rows], indent=2) + "\n")
         return
-    columns = (
-        "network",
-        "dim",
-        "parameters",
-        "GFLOP/patch",
-        "bytes/voxel",
-        "patch multiple",
-        "source",
-    )
-    table = make_table("Networks", columns, [row.cells() for row in rows])
-    table.columns[-1].justify = "left"
-    data.print(table)
+    columns = ("network", "dim", "parameters", "patch", "GFLOP", "bytes/voxel", "patch multiple")
+    cells = [
+        (
+            row.name,
+            f"{row.dimension}D",
+            f"{row.parameters:,}",
+            _times(row.patch_size),
+            f"{row.operations / 1e9:,.1f}",
+            f"{row.activation_bytes_per_voxel:,.0f}",
+            _times(row.patch_multiple),
+        )
+        for row in rows
+    ]
+    data.print(make_table("Networks, for one channel and two classes", columns, cells))
+    data.print(f"GFLOP of one forward pass: {OPERATIONS_FORMULA}.")
+    for row in rows:
+        data.print(f"{row.name} ({row.dimension}D): {row.summary} {row.source}")
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in sizes)

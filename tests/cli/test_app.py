@@ -144,7 +144,7 @@ def test_version():
 
 
 def test_a_closed_pipe_is_no_error():
-    command = f'{sys.executable} -c "{PROGRAM}" info networks --json | head -c 1'
+    command = f'{sys.executable} -c "{PROGRAM}" doctor --json | head -c 1'
     result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
     )
@@ -155,7 +155,7 @@ def test_a_closed_pipe_is_no_error():
 def test_a_bug_leaves_its_traceback_in_a_file(tmp_path, monkeypatch, capsys):
     from medmamba.cli import app
 
-    def fail(arguments: list[str]) -> None:
+    def fail(arguments: list[str], **named: str) -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(app, "app", fail)

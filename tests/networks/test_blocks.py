@@ -81,10 +81,14 @@ def test_one_voxel_is_normalised_to_the_bias(
     dimension: int, memory_format: torch.memory_format
 ) -> None:
     norm = norm_for(3)
-    x = torch.randn(2, 3, *(1,) * dimension).contiguous(memory_format=memory_format)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, *(1,) * dimension, generator=generator)
+    x = x.contiguous(memory_format=memory_format)
     assert norm.bias is not None
     expected = norm.bias.view(1, 3, *(1,) * dimension).expand_as(x)
-    assert torch.allclose(norm(x), expected)
+    # Without variance the scale is eps^-1/2 = 316, and so is the rounding of the mean enlarged.
+    rounding = 2 * torch.finfo(torch.float32).eps * float(x.abs().max()) * 316
+    assert float((norm(x) - expected).abs().max()) < rounding
 
 
 def test_bf16_keeps_its_type_and_statistics() -> None:
