@@ -299,8 +299,8 @@ class Scan:
 
     def _place(self, initial: Tensor | None, leg: Leg, chunk: int) -> Tensor | None:
         """States that are zero but for one chunk."""
-        if initial is None or leg.cut.chunks == 1:
-            return None if initial is None else initial.unsqueeze(1)
+        if initial is None:
+            return None
         states = self._states_of(leg, None).zero_()
         states[:, chunk] = initial
         return states
