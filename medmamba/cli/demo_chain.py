@@ -42,7 +42,8 @@ def run_chain(raw: Path, output: Path, *, network: str, max_time_s: float) -> No
     scores = medmamba.evaluate(
         references, masks, dataset_json=raw / "dataset.json", output=output / "evaluation"
     )
-    picture = draw_case(held_out.cases[0], dataset, masks, output / "overlay.png")
+    middle = held_out.cases[len(held_out.cases) // 2]
+    picture = draw_case(middle, dataset, masks, output / "overlay.png")
     print_evaluation(scores)
     print(f"picture   {picture}")
     print(f"scores    {output / 'evaluation' / 'metrics.csv'}")

@@ -131,7 +131,8 @@ def _describe(training: int) -> dict[str, object]:
         "name": "BrainTissue",
         "description": "Blocks of one averaged brain (ICBM 2009a) with tissue labels",
         "reference": "Fonov et al., NeuroImage 54 (2011) 313-327, as shipped by nilearn",
-        "channel_names": {"0": "T1"},
+        # The template's intensities are on one scale already; a z-score per block would undo that.
+        "channel_names": {"0": "rescale_to_0_1"},
         "labels": {
             "background": 0,
             **{name: index for index, name in enumerate(TISSUE_FILES, start=1)},
