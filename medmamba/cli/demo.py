@@ -12,7 +12,7 @@ from medmamba.cli.plan import DEFAULT_NETWORK
 
 BUILT_IN = "brain"
 HIPPOCAMPUS = "hippocampus"
-DEFAULT_TIME = "4m"
+DEFAULT_TIME = "5m"
 TINY_TIME = "20s"
 
 
@@ -32,7 +32,7 @@ def demo(
         str, typer.Option("--network", "-n", help="Network to train.")
     ] = DEFAULT_NETWORK,
     max_time: Annotated[
-        str | None, typer.Option("--max-time", metavar="4m", help="Time to train.")
+        str | None, typer.Option("--max-time", metavar="5m", help="Time to train.")
     ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A minute's run on a few blocks, to see that it works.")
