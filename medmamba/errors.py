@@ -92,7 +92,7 @@ class TrainingError(MedMambaError):
     default_code = "E_TRAIN"
 
 
-class EnvironmentFault(MedMambaError):
+class EnvironmentFault(MedMambaError):  # noqa: N818 EnvironmentError is a builtin
     """Device, disk, memory or permissions do not allow the run."""
 
     exit_code = 6

@@ -36,11 +36,14 @@ class LabelMap:
         """
         labels = description.get("labels")
         if not isinstance(labels, dict) or not labels:
-            raise DatasetError(f"dataset.json: 'labels' is {labels!r}; a map name -> value is needed.")
+            raise DatasetError(
+                f"dataset.json: 'labels' is {labels!r}; a map name -> value is needed."
+            )
         values = {str(name): _as_values(name, value) for name, value in labels.items()}
         if values.get(BACKGROUND_NAME) != (0,):
             raise DatasetError(
-                f"dataset.json: label 'background' is {labels.get(BACKGROUND_NAME)!r}; it must be 0."
+                f"dataset.json: label 'background' is {labels.get(BACKGROUND_NAME)!r}; "
+                "it must be 0."
             )
         order = tuple(int(value) for value in description.get("regions_class_order") or ())
         label_map = cls(values=values, region_order=order)
@@ -108,7 +111,8 @@ def _as_values(name: object, value: object) -> tuple[int, ...]:
     members: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if not members or not all(_is_whole(member) for member in members):
         raise DatasetError(
-            f"dataset.json: label '{name}' is {value!r}; a whole number or a list of them is needed."
+            f"dataset.json: label '{name}' is {value!r}; "
+            "a whole number or a list of them is needed."
         )
     return tuple(int(member) for member in members)
 

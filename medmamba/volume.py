@@ -1,5 +1,7 @@
-"""Values that describe a volume: where its voxels are (Geometry), what they hold (Volume), the
-working resolution everyone shares (Grid). No I/O and no torch.
+"""Values that describe a volume; no I/O and no torch.
+
+Where its voxels are (Geometry), what they hold (Volume), and the working resolution everyone
+shares (Grid).
 
 Axes are (D, H, W), that is z, y, x, everywhere; affines map voxel indices in that order to RAS+
 millimetres. Libraries that use another order are converted in ``medmamba.io`` and nowhere else.

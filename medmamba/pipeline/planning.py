@@ -94,8 +94,8 @@ def plan(
         on_verified(report)
     if report.fatal:
         raise DatasetError(_first_fatal(report, work.verification))
-    decided = _decide(raw, work, network, Budget(memory_gb=memory_gb, spacing_mm=spacing_mm, device=device),
-                      workers=workers, on_progress=on_progress)  # fmt: skip
+    budget = Budget(memory_gb=memory_gb, spacing_mm=spacing_mm, device=device)
+    decided = _decide(raw, work, network, budget, workers=workers, on_progress=on_progress)
     stores: tuple[Path, ...] = ()
     if preprocess:
         wanted = configurations or (choose_configuration(decided, None),)

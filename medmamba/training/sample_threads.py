@@ -1,4 +1,4 @@
-"""Samples of a batch side by side on a CPU: one thread each, instead of all threads in one operation.
+"""Samples of a batch side by side on a CPU: one thread each, not all threads in one operation.
 
 A network on small patches is bound by memory: its operations gain little from a second thread, its
 samples do. The loss still sees the whole batch. Results do not depend on which thread is faster:
@@ -46,8 +46,10 @@ class SampleThreads:
             loss: of the network's outputs for the whole batch, highest resolution first.
         """
         parameters = [p for p in self._network.parameters() if p.requires_grad]
-        samples = list(self._pool.map(self._outputs, data.split(1)))
-        joined = [torch.cat(level).detach().requires_grad_() for level in zip(*samples, strict=True)]
+        samples = list(self._pool.map(self._outputs, torch.split(data, 1)))
+        joined = [
+            torch.cat(level).detach().requires_grad_() for level in zip(*samples, strict=True)
+        ]
         value = loss(joined)
         value.backward()  # type: ignore[no-untyped-call]
         shares = list(

@@ -75,9 +75,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         if self._samples is not None:
             target = self._target(batch)
-            loss = self._samples.gradients(
-                batch.data, lambda outputs: self._loss(outputs, target)
-            )
+            loss = self._samples.gradients(batch.data, lambda outputs: self._loss(outputs, target))
         else:
             loss, _ = self._forward(batch)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
