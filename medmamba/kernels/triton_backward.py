@@ -9,9 +9,8 @@ so what seems to need h and g at once, the part of the gradients of dt and A tha
 decay, is a running sum of scalars: R_t = sum_n A_n C_tn a_tn h_{t-1,n} from a forward walk
 (`forward_pass`) and P_t = sum_n A_n B_tn r_tn from a reverse walk (`reverse_pass`). Both leave the
 token's own input out, which would cancel between them, so nothing is lost where decays are strong.
-The sum is anchored at the last token t of a segment, at q_t without its own C_t dy_t, which is
-sum_n A_n r_tn a_tn h_{t-1,n} and known to the forward walk. Our own derivation; shapes as in
-triton_forward.py.
+The sum is anchored where a segment ends, at sum_n A_n r_n h_n, which the forward walk knows. Our
+own derivation; shapes as in triton_forward.py.
 """
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
@@ -191,7 +190,6 @@ def forward_pass(
             entering = entering + (tl.where(s > 0, 0.0, state[n]),)
         state = entering
         elapsed = tl.zeros([BD], tl.float32)
-        reached = tl.zeros([BD], tl.float32)
         for i in range(stop - begin):
             position = begin + i
             if DESCEND:
@@ -219,15 +217,6 @@ def forward_pass(
             weighted = elapsed * grad_y
             if grad_skip is not None:
                 sum_skip += grad_y * x
-            if carries is not None:
-                if (i == stop - begin - 1) & (s == segments - 1):
-                    sloped = ()
-                    for n in tl.static_range(N):
-                        r = load(carries + index * carries_chunk + n * channels + d, mask, EVEN)
-                        met = r * tl.exp2(dt * A2[n]) * state[n]
-                        reached += A2[n] * met
-                        sloped = sloped + (slope[n] + elapsed * met,)
-                    slope = sloped
             total = tl.zeros([BD], tl.float32)
             moved = ()
             sloped = ()
@@ -261,6 +250,16 @@ def forward_pass(
                 store(y_out + at, y, mask, EVEN)
             if grad_gate is not None:
                 store(grad_gate + at, dy * y * opened * (1.0 + z * (1.0 - opened)), mask, EVEN)
+        reached = tl.zeros([BD], tl.float32)
+        if carries is not None:
+            ends = s == segments - 1
+            sloped = ()
+            for n in tl.static_range(N):
+                r = load(carries + index * carries_chunk + n * channels + d, mask, EVEN)
+                met = tl.where(ends, r * state[n], 0.0)
+                reached += A2[n] * met
+                sloped = sloped + (slope[n] + elapsed * met,)
+            slope = sloped
         at_segment = (index * segments_per_chunk + nth) * channels + d
         store(anchor + at_segment, reached, mask, EVEN)
         store(delta_sum + at_segment, elapsed, mask, EVEN)
@@ -405,9 +404,7 @@ def reverse_pass(
             c = load_scalars(C + row * C_row, N)
             seen_sum = load(decay_sum + at, mask, EVEN)
             driven = dt * x
-            # What enters from behind the segment is in the anchor, without this token's input.
-            balanced = tl.where(i == 0, 0.0, driven)
-            weighted = elapsed * balanced
+            weighted = elapsed * driven
             pushed = tl.zeros([BD], tl.float32)
             total = tl.zeros([BD], tl.float32)
             moved = ()
@@ -435,7 +432,7 @@ def reverse_pass(
                 if N % 2 == 1:
                     pairs = pairs + (exchange(even, tl.zeros_like(even), TOP, LANE_BITS),)
                 store_sums(grad_B + row * groups * N, pairs, N, LEVELS, LANE_BITS)
-            running += dy * seen_sum - balanced * total
+            running += dy * seen_sum - driven * total
             elapsed -= dt
             du = dt * pushed
             ddt = x * pushed + LN2 * running
