@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -92,14 +91,3 @@ def make_table(
     for row in rows:
         table.add_row(*row)
     return table
-
-
-@contextmanager
-def timed() -> Iterator[list[float]]:
-    """Yield a list that holds the elapsed seconds once the block has ended."""
-    elapsed: list[float] = []
-    start = time.monotonic()
-    try:
-        yield elapsed
-    finally:
-        elapsed.append(time.monotonic() - start)
