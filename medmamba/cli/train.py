@@ -38,11 +38,11 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Epochs (default: preset).")
+        int | None, typer.Option("--epochs", min=1, help="Epochs (default: the recipe's).")
     ] = None,
     iterations: Annotated[
         int | None,
-        typer.Option("--iterations", min=1, help="Iterations per epoch (default: preset)."),
+        typer.Option("--iterations", min=1, help="Iterations per epoch (default: the recipe's)."),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -50,7 +50,38 @@ def train(
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option("--loss", help="Loss instead of the preset's, e.g. region_tversky."),
+        typer.Option("--loss", help="Loss instead of the recipe's, e.g. region_tversky."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="Recipe instead of the plan's: common, nnunet, mambaclinix_trs, that of another "
+            "preset, or a .toml file.",
+        ),
+    ] = None,
+    augmentation: Annotated[
+        str | None,
+        typer.Option(
+            "--augmentation", metavar="default|strong|none", help="Instead of the recipe's."
+        ),
+    ] = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            "--mirror",
+            metavar="all|none|in-plane|0,2",
+            help="Axes that may be flipped, in training and in prediction with --mirror.",
+        ),
+    ] = None,
+    dummy_2d: Annotated[
+        str | None,
+        typer.Option(
+            "--dummy-2d",
+            metavar="auto|on|off",
+            help="Augment the first axis apart; auto: where the patch is flat there.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")
@@ -95,6 +126,10 @@ def train(
         iterations=iterations,
         batch_size=batch_size,
         loss=loss,
+        recipe=recipe,
+        augmentation=augmentation,
+        mirror=mirror,
+        dummy_2d=dummy_2d,
         resume=resume,
         extend=extend,
         overwrite=overwrite,

@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medmamba.bundle import MODEL_FOLDER, save_bundle
 from medmamba.dataset import Split, read_splits, split_for_fold
 from medmamba.errors import CheckpointError, PlanError, UsageError
+from medmamba.pipeline.recipes import RecipeChanges, choose_recipe
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
 
 if TYPE_CHECKING:
     from medmamba.training.progress import EpochReport
-    from medmamba.training.recipe import TrainingRecipe
     from medmamba.training.trainer import TrainingResult, TrainingSetup
 
 
@@ -40,6 +40,10 @@ def train(
     iterations: int | None = None,
     batch_size: int | None = None,
     loss: str | None = None,
+    recipe: str | None = None,
+    augmentation: str | None = None,
+    mirror: str | None = None,
+    dummy_2d: str | None = None,
     resume: bool = False,
     extend: bool = False,
     overwrite: bool = False,
@@ -58,10 +62,15 @@ def train(
         fold: number of the fold, or ``"all"`` to train on every case.
         configuration: 3d_fullres where it exists, else 2d, when None.
         max_time: seconds; the schedule is laid out to end with it. Excludes ``epochs``.
-        epochs: length of the schedule instead of the preset's.
-        iterations: steps per epoch instead of the preset's.
+        epochs: length of the schedule instead of the recipe's.
+        iterations: steps per epoch instead of the recipe's.
         batch_size: patches per step instead of the plan's.
-        loss: key of ``medmamba.training.losses.LOSSES`` instead of the preset's.
+        loss: key of ``medmamba.training.losses.LOSSES`` instead of the recipe's.
+        recipe: recipe to train by instead of the plan's: a name that
+            ``medmamba.plans.presets.recipe_names`` lists, or a ``.toml`` file.
+        augmentation: ``default``, ``strong`` or ``none``.
+        mirror: axes that may be flipped: ``all``, ``none``, ``in-plane`` or numbers.
+        dummy_2d: whether the first axis is augmented apart: ``auto``, ``on``, ``off``.
         resume: go on from the latest checkpoint.
         extend: with ``resume``, accept another length than the run began with.
         overwrite: start again although the run exists.
@@ -81,8 +90,17 @@ def train(
     """
     from medmamba.training.trainer import TrainingSetup, train_fold
 
-    changes = {"epochs": epochs, "iterations": iterations, "batch_size": batch_size, "loss": loss}
-    _check_options(max_time, epochs, loss, resume=resume, overwrite=overwrite)
+    changes = RecipeChanges(
+        recipe=recipe,
+        epochs=epochs,
+        iterations=iterations,
+        batch_size=batch_size,
+        loss=loss,
+        augmentation=augmentation,
+        mirror=mirror,
+        dummy_2d=dummy_2d,
+    )
+    _check_options(max_time, changes, resume=resume, overwrite=overwrite)
     place = open_work(Path(work))
     decided = place.load_plan(network)
     name = choose_configuration(decided, configuration)
@@ -91,7 +109,7 @@ def train(
         run_folder=place.run(network, name, fold),
         network=branch.network,
         grid=branch.grid,
-        recipe=_adjust(branch.training, changes),
+        recipe=choose_recipe(branch.training, changes, dimension=branch.grid.dimension),
         label_map=decided.label_map,
         store_folder=place.store(name, branch),
         split=_split(place, name, branch, fold),
@@ -114,28 +132,12 @@ def train(
 
 
 def _check_options(
-    max_time: float | None,
-    epochs: int | None,
-    loss: str | None,
-    *,
-    resume: bool,
-    overwrite: bool,
+    max_time: float | None, changes: RecipeChanges, *, resume: bool, overwrite: bool
 ) -> None:
-    from medmamba.training.losses import LOSSES
-
-    if max_time is not None and epochs is not None:
+    if max_time is not None and changes.epochs is not None:
         raise UsageError("--max-time and --epochs exclude each other: give one of them.")
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: give one of them.")
-    if loss is not None and loss not in LOSSES:
-        raise UsageError(f"loss '{loss}' does not exist; choose one of {', '.join(LOSSES)}.")
-
-
-def _adjust(recipe: "TrainingRecipe", changes: dict[str, Any]) -> "TrainingRecipe":
-    wanted = {key: value for key, value in changes.items() if value is not None}
-    if "batch_size" in wanted:
-        wanted["cpu_batch_size"] = None
-    return dataclasses.replace(recipe, **wanted)
 
 
 def _split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -> Split:
@@ -184,7 +186,8 @@ def _announce(
         f"training {setup.network.name} {name} fold {fold} for {setup.length} on {where} in "
         f"{choose_precision(device, setup.precision)}: {len(setup.split.train)} cases, "
         f"patch {'x'.join(str(size) for size in setup.grid.patch_size)}, batch {batch}{planned}, "
-        f"{setup.recipe.loss}, {setup.recipe.optimizer}"
+        f"{setup.recipe.loss}, {setup.recipe.optimizer}, "
+        f"{setup.recipe.augmentation if setup.recipe.augmentation != 'none' else 'no'} augmentation"
     )
 
 
@@ -194,9 +197,12 @@ def _write_model(
     from medmamba.training.checkpoint import prediction_weights
 
     folder = setup.run_folder / MODEL_FOLDER
+    # The plan of the bundle says how it was trained, flips included, whatever was planned.
+    branch = dataclasses.replace(decided.configurations[name], training=setup.recipe)
+    trained = dataclasses.replace(decided, configurations={**decided.configurations, name: branch})
     save_bundle(
         folder,
-        plan=decided,
+        plan=trained,
         configuration=name,
         weights=[prediction_weights(result.latest)],
         folds=[fold],

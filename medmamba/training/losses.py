@@ -346,9 +346,18 @@ def build_loss(name: str, settings: LossSettings) -> nn.Module:
     Raises:
         UsageError: no such loss, an unknown option, or a loss that does not fit the labels.
     """
+    require_loss(name)
+    return LOSSES[name](settings)
+
+
+def require_loss(name: str) -> None:
+    """Refuse a loss that does not exist.
+
+    Raises:
+        UsageError: naming those that do.
+    """
     if name not in LOSSES:
         raise UsageError(f"loss '{name}' does not exist. Choose one of: {', '.join(LOSSES)}.")
-    return LOSSES[name](settings)
 
 
 def _number(settings: LossSettings, name: str, default: float) -> float:

@@ -78,7 +78,7 @@ def train_fold(
     keep_freed_memory()
     deterministic = deterministic_algorithms(setup.deterministic)
     with stop_on_signals() as stop, deterministic:
-        run = _FoldRun(setup, clock, resume=resume)
+        run = FoldRun(setup, clock, resume=resume)
         try:
             run.train(stop, on_progress)
         finally:
@@ -86,7 +86,7 @@ def train_fold(
         return run.result()
 
 
-class _FoldRun:
+class FoldRun:
     """The loop's state: everything a checkpoint holds, live."""
 
     def __init__(self, setup: TrainingSetup, clock: Clock, *, resume: bool) -> None:
@@ -163,7 +163,8 @@ class _FoldRun:
             },
         )
 
-    def _sampler(self, stream: Stream) -> PatchSampler:
+    def sampler(self, stream: Stream) -> PatchSampler:
+        """Return what makes the batches of training or validation."""
         setup, training = self.setup, stream is Stream.TRAINING
         settings = SamplingSettings(
             patch_size=setup.grid.patch_size,
@@ -179,8 +180,8 @@ class _FoldRun:
         return PatchSampler(self._store.open, cases, settings, seed=setup.seed, stream=stream)
 
     def train(self, stop: StopRequest, on_progress: Callable[[EpochReport], None] | None) -> None:
-        validation = self._sampler(Stream.VALIDATION)
-        with BatchLoader(self._sampler(Stream.TRAINING), first=self.state.iteration) as loader:
+        validation = self.sampler(Stream.VALIDATION)
+        with BatchLoader(self.sampler(Stream.TRAINING), first=self.state.iteration) as loader:
             while not self.schedule.finished(self.state.epoch):
                 self._train_epoch(loader, stop)
                 report = self._finish_epoch(validation)
@@ -201,12 +202,13 @@ class _FoldRun:
             begun = time.monotonic()
             batch = loader.next()
             self._waiting_s += time.monotonic() - begun
-            self._step(batch)
+            self.step(batch)
             seconds = time.monotonic() - begun
             self._training_s += seconds
             self.schedule.step_took(seconds)
 
-    def _step(self, batch: Batch) -> None:
+    def step(self, batch: Batch) -> float:
+        """Take one step of training and return its loss."""
         state = self.state
         rate = self.schedule.learning_rate(state.epoch, state.steps)
         torch.manual_seed(_model_seed(self.setup.seed, 1 + state.iteration))
@@ -226,6 +228,7 @@ class _FoldRun:
         self.state = dataclasses.replace(
             state, steps=state.steps + 1, iteration=state.iteration + 1, bad_steps=bad_steps
         )
+        return outcome.loss
 
     def _guard(self, batch: Batch, loss: float, bad_steps: int) -> None:
         self._skipped += 1

@@ -29,7 +29,7 @@ def test_presets_give_recipes_that_exist(name: str) -> None:
 
 
 def test_every_key_says_what_it_does() -> None:
-    for path in presets_folder().glob("*.toml"):
+    for path in presets_folder().rglob("*.toml"):
         for line in path.read_text().splitlines():
             if re.match(r"\w+ = ", line):
                 assert re.search(r"# \S", line), f"{path.name}: {line}"

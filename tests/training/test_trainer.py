@@ -150,14 +150,14 @@ def test_a_stop_in_the_middle_of_an_epoch_resumes_bit_for_bit(
     setup = make_setup()
     train_fold(setup)
     other = dataclasses.replace(setup, run_folder=tmp_path / "other")
-    step = trainer._FoldRun._step
+    step = trainer.FoldRun.step
 
     def stop_after_six(self, batch):
         step(self, batch)
         if batch.iteration == 5:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(trainer._FoldRun, "_step", stop_after_six)
+    monkeypatch.setattr(trainer.FoldRun, "step", stop_after_six)
     with pytest.raises(TrainingError) as caught:
         train_fold(other)
     assert caught.value.exit_code == code
