@@ -225,7 +225,7 @@ def find_bundle(path: Path) -> Path:
         if path.suffix.lower() in UNSAFE_SUFFIXES:
             raise SecurityError(
                 f"{path}: '{path.suffix}' files can run code when loaded. "
-                "Import the checkpoint into a model folder with `medmamba convert`."
+                "Turn it into a model folder: `medmamba convert import-checkpoint FILE -o MODEL`."
             )
         raise BundleError(f"{path}: is a file; a model is a folder with {MANIFEST_FILE}.")
     for folder in (path, path / MODEL_FOLDER):

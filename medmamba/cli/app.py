@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from medmamba import __version__
+from medmamba.cli.convert import convert
 from medmamba.cli.demo import demo
 from medmamba.cli.doctor import doctor
 from medmamba.cli.evaluate import evaluate
@@ -39,6 +40,7 @@ app.command()(plan)
 app.command()(train)
 app.command()(predict)
 app.command()(evaluate)
+app.add_typer(convert)
 app.command()(demo)
 app.command()(doctor)
 app.command()(info)

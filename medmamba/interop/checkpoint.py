@@ -1,7 +1,7 @@
-"""Turn an official nnU-Net-style checkpoint into a bundle, with the plan the checkpoint holds."""
+"""Turn official nnU-Net-style checkpoints into a bundle, with the plan the checkpoints hold."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,109 +10,161 @@ from torch import Tensor
 from medmamba.bundle import Bundle, save_bundle
 from medmamba.errors import BundleError
 from medmamba.interop.official import load_official_state
-from medmamba.interop.official_keys import own_name, without_wrappers
+from medmamba.interop.official_keys import without_wrappers
+from medmamba.interop.official_recognition import recognize
 from medmamba.interop.pickle_reader import read_foreign_pickle
-from medmamba.networks import NETWORKS, build_network
+from medmamba.networks import build_network
 from medmamba.networks.spec import NetworkSpec
-from medmamba.plans.nnunet_schema import plan_from_nnunet
+from medmamba.plans.nnunet_schema import UNET_CLASSES, plan_from_nnunet
+from medmamba.plans.plan import Plan, Reason
 
-LIGHTM_BY_FILTERS = {8: "lightm_unet_s", 16: "lightm_unet_m", 32: "lightm_unet"}
-LIGHTM_FILTERS = "convInit.1.conv.weight"
+OUR_PREFIX = "network."
+"""Put before every name when nnU-Net has trained one of our networks (``nnunet_network.py``)."""
 
 
-def import_checkpoint(path: Path, folder: Path) -> Bundle:
-    """Read a checkpoint of nnU-Net or of one of the official forks and write a bundle.
-
-    Which network it holds is read off the names of its tensors, since forks share class names.
+@dataclass(frozen=True, kw_only=True)
+class ImportedFold:
+    """What one checkpoint holds, read and checked.
 
     Args:
-        path: the ``.pth`` file.
+        plan: the checkpoint's plans, with the network found in it.
+        configuration: the branch of the plan it was trained at.
+        state: tensors under our own names.
+    """
+
+    plan: Plan
+    configuration: str
+    fold: str
+    trainer: str
+    state: Mapping[str, Tensor]
+
+
+def import_checkpoints(paths: Sequence[Path], folder: Path, *, name: str | None = None) -> Bundle:
+    """Read checkpoints of nnU-Net or of one of the official forks and write one bundle.
+
+    Which network they hold is read off the names of their tensors, since forks share class names.
+
+    Args:
+        paths: ``.pth`` files, one per fold of one model.
         folder: of the bundle.
+        name: of the bundle, for people.
+
+    Raises:
+        SecurityError: a file holds more than data; nothing of it was run.
+        BundleError: parts are missing, tensors do not fit the network of the plan, or the files
+            are not folds of one model.
+        PlanError: the checkpoint's plans cannot be used.
+    """
+    folds = [read_checkpoint(path) for path in paths]
+    first = folds[0]
+    for path, fold in zip(paths[1:], folds[1:], strict=True):
+        if (fold.plan, fold.configuration) != (first.plan, first.configuration):
+            raise BundleError(
+                f"checkpoint {path}: its plans, network or configuration differ from those of "
+                f"{paths[0]}; folds of one model are needed. Import it on its own."
+            )
+    names = [fold.fold for fold in folds]
+    if len(set(names)) != len(names):
+        raise BundleError(f"checkpoints: they are of folds {', '.join(names)}; give each once.")
+    return save_bundle(
+        folder,
+        plan=first.plan,
+        configuration=first.configuration,
+        weights=[fold.state for fold in folds],
+        folds=names,
+        name=name,
+        training={"imported_from": [path.name for path in paths], "trainer": first.trainer},
+    )
+
+
+def read_checkpoint(path: Path) -> ImportedFold:
+    """Read one checkpoint and fit its tensors to the network of its plans.
 
     Raises:
         SecurityError: the file holds more than data; nothing of it was run.
         BundleError: parts are missing, or tensors do not fit the network of the plan.
         PlanError: the checkpoint's plans cannot be used.
     """
-    content = read_foreign_pickle(path)
-    state = _part(content, "network_weights", path)
-    arguments = _part(content, "init_args", path)
-    configuration = str(_part(arguments, "configuration", path))
     what = f"checkpoint {path}"
+    content = read_foreign_pickle(path)
+    state = _part(content, "network_weights", Mapping, what)
+    arguments = _part(content, "init_args", Mapping, what)
+    configuration = str(_part(arguments, "configuration", str, what))
     plan = plan_from_nnunet(
-        _part(arguments, "plans", path), _part(arguments, "dataset_json", path), what=what
+        _part(arguments, "plans", Mapping, what),
+        _part(arguments, "dataset_json", Mapping, what),
+        what=what,
     )
     if configuration not in plan.configurations:
-        raise BundleError(f"{what}: its plans hold no configuration {configuration!r}.")
-    branch = plan.configurations[configuration]
-    spec = recognize(state, branch.network)
+        raise BundleError(
+            f"{what}: its plans hold no configuration {configuration!r}, only "
+            f"{', '.join(plan.configurations)}."
+        )
+    state = _tensors(state, what)
+    planned = plan.configurations[configuration].network
+    spec, state = _identify(state, planned, what)
     network = build_network(spec)
-    load_official_state(network, state)
-    axes = content.get("inference_allowed_mirroring_axes")
-    training = replace(branch.training, mirror_axes=tuple(axes or ()))
-    branch = replace(branch, network=spec, training=training)
-    plan = replace(
+    load_official_state(network, state, what=f"{what}, read as {spec.name}")
+    return ImportedFold(
+        plan=_planned_for(plan, configuration, spec, content),
+        configuration=configuration,
+        fold=str(arguments.get("fold", 0)),
+        trainer=str(content.get("trainer_name")),
+        state=network.state_dict(),
+    )
+
+
+def _tensors(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise BundleError(
+            f"{what}: 'network_weights' holds {wrong[0]!r}, of type "
+            f"{type(state[wrong[0]]).__name__}; only tensors belong there."
+        )
+    return {without_wrappers(str(name)): tensor for name, tensor in state.items()}
+
+
+def _identify(
+    state: Mapping[str, Tensor], planned: NetworkSpec, what: str
+) -> tuple[NetworkSpec, Mapping[str, Tensor]]:
+    """Return the network that tensors belong to, and the tensors under its own names."""
+    if planned.name not in UNET_CLASSES:
+        return planned, {name.removeprefix(OUR_PREFIX): tensor for name, tensor in state.items()}
+    try:
+        return recognize(state, planned), state
+    except BundleError as error:
+        raise BundleError(f"{what}: {error.message}", code=error.code) from error
+
+
+def _planned_for(
+    plan: Plan, configuration: str, spec: NetworkSpec, content: Mapping[str, Any]
+) -> Plan:
+    """Return the plan with the network found, and the flips it was trained with."""
+    branch = plan.configurations[configuration]
+    axes = tuple(content.get("inference_allowed_mirroring_axes") or ())
+    branch = replace(branch, network=spec, training=replace(branch.training, mirror_axes=axes))
+    reason = Reason(
+        topic="network",
+        value=spec.name,
+        why="names and shapes of the tensors of an imported checkpoint; its plans hold the rest",
+    )
+    return replace(
         plan,
         network=spec.name,
         configurations={**plan.configurations, configuration: branch},
-    )
-    return save_bundle(
-        folder,
-        plan=plan,
-        configuration=configuration,
-        weights=[network.state_dict()],
-        folds=[arguments.get("fold", 0)],
-        training={"imported_from": path.name, "trainer": str(content.get("trainer_name"))},
+        reasons=(*plan.reasons, reason),
     )
 
 
-def recognize(state: Mapping[str, Tensor], planned: NetworkSpec) -> NetworkSpec:
-    """Return the network that an official state dict belongs to, sized by the plan.
-
-    Args:
-        state: under any official names.
-        planned: the network of the checkpoint's plans, which most forks leave at nnU-Net's.
-
-    Raises:
-        BundleError: no network known here has such tensors.
-    """
-    # LightM-UNet and the Swin-UMambas have no aliases, but also no names that look like one.
-    tensors = {own_name(without_wrappers(name)): tensor for name, tensor in state.items()}
-    name = _network_name(tensors)
-    if name is None:
-        raise BundleError(
-            f"state dict: no network known here has tensors such as {next(iter(tensors), '')!r}."
-        )
-    spec = replace(planned, name=name)
-    fixed = name.startswith(("lightm", "swin"))
-    return NETWORKS[name].arrange(spec) if fixed else spec
-
-
-def _network_name(tensors: Mapping[str, Tensor]) -> str | None:
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in tensors)
-
-    first_release = has("encoder.stem.convs.")
-    if has("vssm_encoder."):
-        return "swin_umamba_d" if has("decoder.expand_layers.") else "swin_umamba"
-    if LIGHTM_FILTERS in tensors:
-        return LIGHTM_BY_FILTERS.get(tensors[LIGHTM_FILTERS].shape[0])
-    if has("encoder.encoder_layers."):
-        return "mambaclinix"
-    if has("encoder.mamba_layers."):
-        return "umamba_enc_v1" if first_release else "umamba_enc"
-    if has("mamba_layer."):
-        return "umamba_bot"
-    if has("mamba.A_log"):
-        return "umamba_bot_v1"
-    if first_release:
-        return "resenc_unet"
-    return "plain_unet" if has("encoder.stages.0.0.convs.") else None
-
-
-def _part(content: Any, key: str, path: Path) -> Any:
+def _part(content: Any, key: str, kind: type, what: str) -> Any:
     if not isinstance(content, Mapping) or key not in content:
         raise BundleError(
-            f"checkpoint {path} has no {key!r}; it is not one that nnU-Net's trainers write."
+            f"{what} has no {key!r}; it is not one that nnU-Net's trainers write. "
+            "Give checkpoint_final.pth or checkpoint_best.pth of a fold."
+        )
+    if not isinstance(content[key], kind):
+        raise BundleError(
+            f"{what}: {key!r} is of type {type(content[key]).__name__}, "
+            f"{kind.__name__.lower()} needed. The file is damaged or not of nnU-Net's trainers."
         )
     return content[key]

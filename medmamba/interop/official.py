@@ -1,7 +1,7 @@
 """The official networks: built from their own constructor arguments, filled from their own files.
 
 What each argument means is read off the official classes; a value we do not compute is refused
-by name. Names of tensors are ``official_keys.py``'s, reading of files is ``foreign.py``'s.
+by name. Names of tensors are ``official_keys.py``'s, reading of files is ``checkpoint.py``'s.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -67,17 +67,24 @@ def read_constructor(network: str, constructor: Constructor) -> NetworkSpec:
         ) from error
 
 
-def load_official_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_official_state(
+    module: nn.Module, state: Mapping[str, Tensor], *, what: str = "official state dict"
+) -> None:
     """Fill a module from an official state dict, under whichever names its tensors have.
 
     Accepted besides the plain names: ``all_modules`` and ``decoder.encoder`` aliases, and the
     prefixes ``module.`` and ``_orig_mod.``.
 
+    Args:
+        module: the network to fill.
+        state: tensors by official names.
+        what: how messages call the state dict.
+
     Raises:
         BundleError: naming tensors that are missing, unexpected, misshapen or contradictory.
     """
     aliased = has_aliases(module.state_dict())
-    load_exactly(module, merge_aliases(state, aliased=aliased), what="official state dict")
+    load_exactly(module, merge_aliases(state, aliased=aliased), what=what)
 
 
 def official_state(module: nn.Module) -> dict[str, Tensor]:

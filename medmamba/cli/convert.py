@@ -1,0 +1,80 @@
+"""``medmamba convert``: explicit conversions, the only commands that open foreign formats."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medmamba.cli.options import Json
+from medmamba.errors import UsageError
+
+if TYPE_CHECKING:
+    from medmamba.bundle import Bundle
+
+convert = typer.Typer(
+    name="convert",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""Turn what other programs wrote into what medmamba reads, and back.
+
+Example: [cyan]medmamba convert import-checkpoint checkpoint_final.pth -o model[/cyan]""",
+)
+
+
+@convert.command("import-checkpoint")
+def import_checkpoint(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE", help="Checkpoints (.pth) of nnU-Net or a fork; one per fold."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="MODEL",
+            help="Model folder to write (default: beside the first file, named after it).",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the model (default: dataset and network).")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model that is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn official checkpoints into a model folder for [cyan]medmamba predict[/cyan].
+
+    Reads what the trainers of nnU-Net, U-Mamba (both releases), LightM-UNet, MambaClinix and
+    Swin-UMamba write. Network and plan come from the file. Nothing in the file is run: anything but
+    tensors and plain data is refused with code 7.
+
+    Example: [cyan]medmamba convert import-checkpoint fold_0/checkpoint_final.pth -o model[/cyan]
+    """
+    folder = output or files[0].with_name(f"{files[0].stem}-model")
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder}: exists. Give another --output, or --overwrite to replace it.")
+    from medmamba.interop.checkpoint import import_checkpoints
+
+    bundle = import_checkpoints(files, folder, name=name)
+    if as_json:
+        from medmamba.files import to_json
+
+        sys.stdout.write(to_json(bundle.manifest))
+        return
+    _print_bundle(bundle)
+
+
+def _print_bundle(bundle: "Bundle") -> None:
+    manifest, spec = bundle.manifest, bundle.configuration.network
+    sizes = "x".join(str(size) for size in spec.patch_size)
+    print(f"network   {spec.name}, {manifest.configuration}, patch {sizes}")
+    print(f"channels  {', '.join(manifest.channels)}")
+    print(f"labels    {', '.join(entry.name for entry in manifest.labels)}")
+    print(f"folds     {', '.join(bundle.folds)}")
+    print(f"model     {bundle.folder}")
+    print(f"next      medmamba predict -i IMAGES -o MASKS -m {bundle.folder}")
