@@ -57,8 +57,8 @@ def train(
         typer.Option(
             "--recipe",
             metavar="NAME|FILE",
-            help="Recipe instead of the plan's: common, nnunet, mambaclinix_trs, that of another "
-            "preset, or a .toml file.",
+            help="Recipe instead of the plan's: common, short, nnunet, mambaclinix_trs, that of "
+            "another preset, or a .toml file. Up to an hour on a CPU, presets may choose short.",
         ),
     ] = None,
     augmentation: Annotated[

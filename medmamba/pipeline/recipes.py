@@ -4,13 +4,16 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmamba.errors import UsageError
-from medmamba.plans.presets import load_recipe
+from medmamba.plans.presets import load_preset, load_recipe, preset_names
 
 if TYPE_CHECKING:
     from medmamba.training.recipe import TrainingRecipe
 
 Mirror = str
 """``all``, ``none``, ``in-plane``, or axis numbers such as ``0,2``."""
+
+SHORT_BUDGET_S = 3600.0
+"""Up to this budget a CPU makes a few thousand steps, where nnU-Net plans 250,000."""
 
 DUMMY_2D = {"auto": None, "on": True, "off": False}
 
@@ -37,6 +40,20 @@ class RecipeChanges:
     augmentation: Literal["default", "strong", "none"] | str | None = None
     mirror: Mirror | None = None
     dummy_2d: Literal["auto", "on", "off"] | str | None = None
+
+
+def short_recipe(network: str, max_time_s: float | None, *, on_cpu: bool) -> str | None:
+    """Name the recipe that a short run on a CPU is trained by instead of the plan's.
+
+    Args:
+        network: name of the plan, which is that of its preset.
+        max_time_s: time budget; None means a counted schedule, which keeps the plan's recipe.
+        on_cpu: whether it trains on a CPU.
+    """
+    short = max_time_s is not None and max_time_s <= SHORT_BUDGET_S
+    if not short or not on_cpu or network not in preset_names():
+        return None
+    return load_preset(network).short_recipe
 
 
 def choose_recipe(

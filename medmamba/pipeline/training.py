@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from medmamba.bundle import MODEL_FOLDER, save_bundle
 from medmamba.dataset import Split, read_splits, split_for_fold
 from medmamba.errors import CheckpointError, PlanError, UsageError
-from medmamba.pipeline.recipes import RecipeChanges, choose_recipe
+from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
@@ -67,7 +67,8 @@ def train(
         batch_size: patches per step instead of the plan's.
         loss: key of ``medmamba.training.losses.LOSSES`` instead of the recipe's.
         recipe: recipe to train by instead of the plan's: a name that
-            ``medmamba.plans.presets.recipe_names`` lists, or a ``.toml`` file.
+            ``medmamba.plans.presets.recipe_names`` lists, or a ``.toml`` file. When None, a
+            CPU that is given an hour or less uses the preset's ``short_recipe`` if it has one.
         augmentation: ``default``, ``strong`` or ``none``.
         mirror: axes that may be flipped: ``all``, ``none``, ``in-plane`` or numbers.
         dummy_2d: whether the first axis is augmented apart: ``auto``, ``on``, ``off``.
@@ -88,10 +89,13 @@ def train(
         EnvironmentFault: no such device, or the disk is full.
         TrainingError: training could not go on; the last checkpoint is kept.
     """
+    from medmamba.training.precision import resolve_device
     from medmamba.training.trainer import TrainingSetup, train_fold
 
+    on_cpu = resolve_device(device).type == "cpu"
+    short = short_recipe(network, max_time, on_cpu=on_cpu) if recipe is None else None
     changes = RecipeChanges(
-        recipe=recipe,
+        recipe=recipe or short,
         epochs=epochs,
         iterations=iterations,
         batch_size=batch_size,
@@ -124,6 +128,11 @@ def train(
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
     if on_message is not None:
         _announce(setup, name, fold, on_message)
+    if on_message is not None and short is not None:
+        on_message(
+            f"recipe {short} instead of the plan's, which needs more steps than a CPU makes in "
+            f"{setup.length}; --recipe {network} trains by the plan's all the same"
+        )
     result = train_fold(setup, resume=resume, on_progress=on_epoch)
     model = _write_model(decided, name, fold, setup, result)
     return TrainOutcome(

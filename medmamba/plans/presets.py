@@ -67,6 +67,8 @@ class Preset:
         options: the network's own options.
         training: keys of `TrainingRecipe` that differ from its defaults.
         mirror: whether flips are allowed, in training and in prediction.
+        short_recipe: recipe that replaces ``training`` where a CPU is given an hour or less;
+            None where the own recipe suits short runs.
     """
 
     __pydantic_config__ = RECORD_CONFIG
@@ -77,6 +79,7 @@ class Preset:
     memory_gb: float | None = None
     mixer: Mixer = "mamba"
     mirror: bool = True
+    short_recipe: str | None = None
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -5,8 +5,14 @@ import dataclasses
 import pytest
 
 from medmamba.errors import UsageError
-from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, mirror_axes
-from medmamba.plans.presets import load_preset, recipe_names
+from medmamba.pipeline.recipes import (
+    SHORT_BUDGET_S,
+    RecipeChanges,
+    choose_recipe,
+    mirror_axes,
+    short_recipe,
+)
+from medmamba.plans.presets import load_preset, preset_names, recipe_names
 from medmamba.training.losses import LOSSES
 from medmamba.training.recipe import TrainingRecipe
 
@@ -90,3 +96,17 @@ def test_what_does_not_exist_is_named_with_what_does(changes: dict, complaint: s
 def test_a_recipe_is_a_value() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLANNED.epochs = 1
+
+
+def test_a_short_run_on_a_cpu_takes_the_presets_short_recipe() -> None:
+    assert short_recipe("plain_unet", SHORT_BUDGET_S, on_cpu=True) == "short"
+    assert short_recipe("plain_unet", SHORT_BUDGET_S + 1, on_cpu=True) is None
+    assert short_recipe("plain_unet", None, on_cpu=True) is None
+    assert short_recipe("plain_unet", 60.0, on_cpu=False) is None
+    assert short_recipe("lightm_unet_s", 60.0, on_cpu=True) is None
+    assert short_recipe("an imported plan", 60.0, on_cpu=True) is None
+
+
+def test_short_recipes_of_presets_exist() -> None:
+    named = {load_preset(name).short_recipe for name in preset_names()}
+    assert named <= {None, *recipe_names()}
