@@ -28,7 +28,7 @@ MOST_WORKERS = 8
 BYTES_PER_VOXEL = 24
 """Float32 as read and as cropped, and one channel in float64 on both grids, roughly."""
 
-PREPROCESSING_FORMAT = 1
+PREPROCESSING_FORMAT = 2
 """Raised when the same inputs would give other arrays, so that stored cases are made anew."""
 
 Progress = Callable[[int, int], None]

@@ -48,7 +48,8 @@ def sample_locations(labels: NDArray[np.int16], label_map: LabelMap) -> ClassLoc
     flat = labels.reshape(-1)
     locations: ClassLocations = {}
     for key in class_keys(label_map):
-        where = np.flatnonzero(flat == key[0] if len(key) == 1 else np.isin(flat, key))
+        # Label after label in the order of the key, so that nnU-Net would draw the same voxels.
+        where = np.concatenate([np.flatnonzero(flat == value) for value in key])
         count = max(min(MOST_LOCATIONS, where.size), int(np.ceil(LEAST_FRACTION * where.size)))
         chosen = where[random.choice(where.size, count, replace=False)] if count else where
         locations[key] = np.stack(np.unravel_index(chosen, labels.shape), axis=1).astype(np.int32)
