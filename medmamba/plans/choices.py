@@ -82,14 +82,25 @@ def choose_transpose(spacing_mm: tuple[float, ...]) -> tuple[int, int, int]:
 def median_resampled_shape(
     fingerprint: Fingerprint, spacing_mm: tuple[float, ...]
 ) -> tuple[float, ...]:
-    """Return the median shape of the cases once resampled, in the raw images' axis order."""
+    """Return the median shape of the cases once resampled, in the raw images' axis order.
+
+    Raises:
+        PlanError: an axis of the median case would have no voxel left.
+    """
     shapes = [
         resampled_shape(shape, spacing, spacing_mm)
         for shape, spacing in zip(
             fingerprint.shapes_after_crop, fingerprint.spacings_mm, strict=True
         )
     ]
-    return tuple(float(value) for value in np.median(shapes, axis=0))
+    median = tuple(float(value) for value in np.median(shapes, axis=0))
+    if min(median) == 0:
+        raise PlanError(
+            f"target spacing {in_mm(spacing_mm)}: the median case would have "
+            f"{' x '.join(f'{value:g}' for value in median)} voxels. Ask for a finer spacing.",
+            code="E_PLAN_SPACING",
+        )
+    return median
 
 
 def choose_channels(

@@ -83,6 +83,7 @@ def preprocess_case(
     grid: Grid,
     recipe: PreprocessingRecipe,
     label_map: LabelMap,
+    device: str | None = None,
 ) -> PreprocessedCase:
     """Bring one case to the working grid.
 
@@ -94,6 +95,7 @@ def preprocess_case(
         grid: the working spacing; a 2D grid leaves the first working axis as it is.
         recipe: how channels are normalised and how arrays are turned and resampled.
         label_map: classes whose voxels are listed.
+        device: PyTorch device that resamples, with the same numbers; NumPy when None.
 
     Raises:
         GeometryError: image and labels differ in shape, or the case would vanish at the
@@ -114,13 +116,15 @@ def preprocess_case(
     data = np.array(raw[(slice(None), *inside)], order="C")
     segmentation = _labels_in_box(labels, order, inside, mask)
     normalize(data, segmentation >= 0, recipe.channels)
-    record = _record(image.geometry, axes, box, grid)
+    record = _record(image.geometry, axes, box, grid, resampled=recipe.data.method != "none")
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.data.separate_z)
-    data = resample_image(data, record.working_shape, recipe.data, axis)
+    data = resample_image(data, record.working_shape, recipe.data, axis, device=device)
     if labels is None:
         return PreprocessedCase(data=data, labels=None, record=record, class_locations={})
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.labels.separate_z)
-    segmentation = resample_labels(segmentation, record.working_shape, recipe.labels, axis)
+    segmentation = resample_labels(
+        segmentation, record.working_shape, recipe.labels, axis, device=device
+    )
     return PreprocessedCase(
         data=data,
         labels=segmentation[None],
@@ -144,13 +148,18 @@ def _labels_in_box(
 
 
 def _record(
-    geometry: Geometry, axes: tuple[int, int, int], box: tuple[tuple[int, int], ...], grid: Grid
+    geometry: Geometry,
+    axes: tuple[int, int, int],
+    box: tuple[tuple[int, int], ...],
+    grid: Grid,
+    *,
+    resampled: bool,
 ) -> UndoRecord:
     spacing = _three(tuple(geometry.spacing_mm[axis] for axis in axes))
     # A 2D configuration keeps the distance and number of slices.
     working = grid.spacing_mm if grid.dimension == 3 else (spacing[0], *grid.spacing_mm)
     cropped = _three(tuple(stop - start for start, stop in box))
-    shape = resampled_shape(cropped, spacing, working)
+    shape = resampled_shape(cropped, spacing, working) if resampled else cropped
     if min(shape) < 1:
         raise GeometryError(
             f"case: {cropped} voxels at {spacing} mm become {shape} at {working} mm. "

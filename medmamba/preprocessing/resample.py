@@ -71,6 +71,8 @@ def resample_image(
     shape: Shape,
     recipe: ResamplingRecipe,
     axis: int | None = None,
+    *,
+    device: str | None = None,
 ) -> NDArray[np.float32]:
     """Resample every channel by splines, clipped to the range of what it was made from.
 
@@ -79,12 +81,19 @@ def resample_image(
         shape: the new (D, H, W).
         recipe: method and orders.
         axis: a spatial axis to resample separately, or None (see `separate_axis`).
+        device: PyTorch device to compute on, with the same numbers; NumPy on the CPU when None.
 
     Raises:
         PlanError: the recipe names a method that does not exist.
     """
     if image.shape[1:] == shape or _keeps_shape(recipe):
         return image.astype(np.float32, copy=False)
+    if device is not None or recipe.method == "torch":
+        import torch
+
+        from medmamba.preprocessing.resample_torch import resample_image_on
+
+        return resample_image_on(torch.device(device or "cpu"), image, shape, recipe, axis)
     result = np.empty((image.shape[0], *shape), dtype=np.float32)
     for channel, values in enumerate(image):
         if axis is None:
@@ -95,21 +104,36 @@ def resample_image(
 
 
 def resample_labels(
-    labels: NDArray[np.int16], shape: Shape, recipe: ResamplingRecipe, axis: int | None = None
+    labels: NDArray[np.int16],
+    shape: Shape,
+    recipe: ResamplingRecipe,
+    axis: int | None = None,
+    *,
+    device: str | None = None,
 ) -> NDArray[np.int16]:
     """Resample a label map: the label with the largest interpolated indicator wins.
 
     Exact ties go to the nearest voxel's label if it is among the tied, else to the smallest tied
-    label (the rule of batchgenerators 0.25.5).
+    label (the rule of batchgenerators 0.25.5). Along a separate axis of an order above 0, nnU-Net
+    instead writes every label, ascending, where its indicator exceeds one half.
 
     Args:
         labels: (D, H, W).
         shape: the new (D, H, W).
         recipe: method and orders.
         axis: a spatial axis to resample separately by its own order, or None.
+        device: PyTorch device to compute on, with the same labels; linear votes only, which is
+            what plans ask for. NumPy on the CPU when None.
     """
     if labels.shape == shape or _keeps_shape(recipe):
         return labels
+    is_linear = recipe.order == 1 and (axis is None or recipe.order_z == 0)
+    if recipe.method == "torch" or (device is not None and is_linear):
+        import torch
+
+        from medmamba.preprocessing.resample_torch import resample_labels_on
+
+        return resample_labels_on(torch.device(device or "cpu"), labels, shape, recipe, axis)
     if axis is not None and recipe.order_z == 0:
         labels = np.take(labels, nearest_indices(labels.shape[axis], shape[axis]), axis=axis)
         return _vote(labels, shape, recipe.order)
@@ -119,7 +143,7 @@ def resample_labels(
             for position, (old, new) in enumerate(zip(labels.shape, shape, strict=True))
         )
         labels = _vote(labels, between, recipe.order)
-        return _vote(labels, shape, recipe.order_z)
+        return _overwrite_along(labels, shape[axis], axis, recipe.order_z)
     return _vote(labels, shape, recipe.order)
 
 
@@ -150,14 +174,14 @@ def spline_operator(
     old: int, new: int, order: int, dtype: type[np.floating] = np.float64
 ) -> AxisOperator:
     """Build the operator that takes ``old`` samples to ``new`` along one axis."""
-    return _banded(_spline_matrix(old, new, order), dtype)
+    return _banded(spline_matrix(old, new, order), dtype)
 
 
 def partial_operator(
     old: int, new: int, order: int, rows: slice, dtype: type[np.floating]
 ) -> tuple[AxisOperator, slice]:
     """Build the operator for some of the new samples, and say which old ones it reads."""
-    matrix = _spline_matrix(old, new, order)[rows]
+    matrix = spline_matrix(old, new, order)[rows]
     used = np.flatnonzero((np.abs(matrix) > BAND_FLOOR).any(axis=0))
     source = slice(int(used[0]), int(used[-1]) + 1)
     return _banded(matrix[:, source], dtype), source
@@ -197,7 +221,12 @@ def _product(
         result[:, :, rows] = np.matmul(array[:, :, columns], matrix.T)
 
 
-def _spline_matrix(old: int, new: int, order: int) -> NDArray[np.float64]:
+def spline_matrix(old: int, new: int, order: int) -> NDArray[np.float64]:
+    """Return the (new, old) matrix of a spline resampling along one axis.
+
+    Raises:
+        PlanError: an order without a spline here.
+    """
     coordinates = _source_coordinates(old, new)
     rows = np.arange(new)
     matrix = np.zeros((new, old))
@@ -343,6 +372,19 @@ def _vote_spline(labels: NDArray[np.int16], shape: Shape, order: int) -> NDArray
         indicator = (labels == label).astype(np.float64)
         scores.add(label, _resample_clipped(indicator, shape, order, axes=(0, 1, 2)))
     return scores.winner
+
+
+def _overwrite_along(
+    labels: NDArray[np.int16], size: int, axis: int, order: int
+) -> NDArray[np.int16]:
+    if labels.shape[axis] == size:
+        return labels
+    operator = spline_operator(labels.shape[axis], size, order)
+    shape = tuple(size if other == axis else edge for other, edge in enumerate(labels.shape))
+    result = np.zeros(shape, dtype=labels.dtype)
+    for label in np.unique(labels):
+        result[operator.apply((labels == label).astype(np.float64), axis) > 0.5] = label
+    return result
 
 
 class _Scores:

@@ -31,7 +31,7 @@ SLAB_BYTES = 2 * 1024 * 1024
 REACH = 1
 """Working voxels beyond its neighbours that a raw voxel may depend on, for rounding."""
 
-LARGEST_UINT8_LABEL = 254
+MOST_UINT8_LABELS = 254
 """nnU-Net writes uint16 from 255 foreground labels on."""
 
 
@@ -56,8 +56,7 @@ def restore_labels(
         (D, H, W) uint8, or uint16 where label values need it.
     """
     fields = _ClassFields(logits, record, recipe, half=compat)
-    largest = max(label_map.all_values)
-    kind = np.uint8 if largest <= LARGEST_UINT8_LABEL else np.uint16
+    kind = _label_type(label_map)
     cropped = np.zeros(record.shape_after_crop, dtype=kind)
     if fields.is_linear:
         box = fields.active_box(_differs_from_background(fields.logits, label_map))
@@ -110,8 +109,7 @@ def labels_from_probabilities(
     probabilities: NDArray[np.floating], label_map: LabelMap
 ) -> NDArray[np.unsignedinteger[Any]]:
     """Turn (K, D, H, W) probabilities, a mean over models for example, into a label map."""
-    kind = np.uint8 if max(label_map.all_values) <= LARGEST_UINT8_LABEL else np.uint16
-    result = np.zeros(probabilities.shape[1:], dtype=kind)
+    result = np.zeros(probabilities.shape[1:], dtype=_label_type(label_map))
     if label_map.has_regions:
         for region, value in zip(probabilities, label_map.region_order, strict=True):
             result[region > 0.5] = value
@@ -132,6 +130,10 @@ def sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 _Read = Callable[[int], NDArray[np.floating]]
+
+
+def _label_type(label_map: LabelMap) -> type[np.unsignedinteger[Any]]:
+    return np.uint8 if len(label_map.foreground_values) <= MOST_UINT8_LABELS else np.uint16
 
 
 def _differs_from_background(
@@ -173,15 +175,18 @@ class _ClassFields:
         self, logits: Any, record: UndoRecord, recipe: PreprocessingRecipe, *, half: bool
     ) -> None:
         self.logits = _as_array(logits)
+        resampling = recipe.probabilities
+        # nnU-Net's resampler in torch works and answers in float32, whatever it is given.
+        half = half and resampling.method != "torch"
         self._kind: type[np.floating] = np.float64 if half else np.float32
         self._result: type[np.floating] = np.float16 if half else np.float32
         self._old = record.working_shape
         self._new = record.shape_after_crop
-        resampling = recipe.probabilities
         axis = separate_axis(record.working_spacing_mm, record.spacing_mm, resampling.separate_z)
         self._orders = tuple(
             resampling.order_z if position == axis else resampling.order for position in range(3)
         )
+        self._separate = axis
         self.limit_to(tuple((0, size) for size in self._new))
 
     @property
@@ -229,7 +234,22 @@ class _ClassFields:
                 self._old[0], self._new[0], self._orders[0], depth, self._kind
             )
             result = operator.apply(self._planes(label, source), 0)
+        if not self.is_linear:
+            low, high = self._range(slab, label)
+            np.clip(result, low, high, out=result)
         return result.astype(self._result, copy=False)
+
+    def _range(
+        self, slab: tuple[slice, ...], label: int
+    ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """Return what a class may not leave, since splines overshoot: its range, or its slices'."""
+        axis = self._separate
+        if axis is None or self._orders[axis] > 0:
+            return self.logits[label].min(), self.logits[label].max()
+        others = tuple(other for other in range(3) if other != axis)
+        nearest = nearest_indices(self._old[axis], self._new[axis])[slab[axis]]
+        values = np.take(self.logits[label], nearest, axis=axis)
+        return values.min(axis=others, keepdims=True), values.max(axis=others, keepdims=True)
 
     def active_box(self, coarse: NDArray[np.bool_]) -> Box | None:
         """Return the box of the raw grid that ``coarse`` working voxels can reach, if any.
