@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +84,30 @@ def train(
             help="Augment the first axis apart; auto: where the patch is flat there.",
         ),
     ] = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            "--pretrained",
+            metavar="FILE",
+            help="VMamba-T ImageNet weights (.pth, .safetensors) for a Swin-UMamba's encoder.",
+        ),
+    ] = None,
+    pretrained_mode: Annotated[
+        str,
+        typer.Option(
+            "--pretrained-mode",
+            metavar="exact|corrected",
+            help="exact: tensors the official code loads; corrected: without its typo's bias.",
+        ),
+    ] = "exact",
+    freeze_epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--freeze-epochs",
+            min=0,
+            help="Epochs a pretrained encoder stays fixed (default: 10 of 1000).",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")
     ] = False,
@@ -130,6 +155,9 @@ def train(
         augmentation=augmentation,
         mirror=mirror,
         dummy_2d=dummy_2d,
+        pretrained=pretrained,
+        pretrained_mode=pretrained_mode,
+        freeze_epochs=freeze_epochs,
         resume=resume,
         extend=extend,
         overwrite=overwrite,

@@ -44,9 +44,6 @@ RENAMED = (
 )
 """Names of VMamba's later code and of its merging layers, as the encoder here calls them."""
 
-FROZEN_EPOCHS = 10
-"""Epochs for which the official trainers keep a pretrained encoder fixed."""
-
 IMAGENET_CHANNELS = 3
 ROW, COLUMN, ROW_BACK, COLUMN_BACK = range(4)
 """Directions in the stacked tensors of SS2D."""
@@ -81,6 +78,14 @@ class PretrainedReport:
     inflated: tuple[str, ...]
     skipped: Mapping[str, str]
     fresh: tuple[str, ...]
+
+    @property
+    def skipped_by_reason(self) -> dict[str, list[str]]:
+        """Names of skipped tensors, grouped by why."""
+        grouped: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            grouped.setdefault(reason, []).append(name)
+        return grouped
 
     @property
     def summary(self) -> str:
@@ -136,7 +141,7 @@ def start_from_vmamba(
 
 
 def frozen_parameters(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that stay fixed during ``FROZEN_EPOCHS``.
+    """Return the names of the parameters that stay fixed while the decoder learns to use them.
 
     They are the encoder's, without the patch embedding, which sees other images than ImageNet's.
 

@@ -10,9 +10,11 @@ from medmamba.bundle import MODEL_FOLDER, save_bundle
 from medmamba.dataset import Split, read_splits, split_for_fold
 from medmamba.errors import CheckpointError, PlanError, UsageError
 from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
+from medmamba.pipeline.starting import pretrained_start
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
+from medmamba.training.start import Start
 
 if TYPE_CHECKING:
     from medmamba.training.progress import EpochReport
@@ -44,6 +46,9 @@ def train(
     augmentation: str | None = None,
     mirror: str | None = None,
     dummy_2d: str | None = None,
+    pretrained: Path | str | None = None,
+    pretrained_mode: str = "exact",
+    freeze_epochs: int | None = None,
     resume: bool = False,
     extend: bool = False,
     overwrite: bool = False,
@@ -72,6 +77,10 @@ def train(
         augmentation: ``default``, ``strong`` or ``none``.
         mirror: axes that may be flipped: ``all``, ``none``, ``in-plane`` or numbers.
         dummy_2d: whether the first axis is augmented apart: ``auto``, ``on``, ``off``.
+        pretrained: VMamba-T weights for the encoder of a Swin-UMamba; see
+            ``medmamba.pipeline.starting.pretrained_start``.
+        pretrained_mode: ``exact`` or ``corrected``.
+        freeze_epochs: epochs for which a pretrained encoder stays fixed.
         resume: go on from the latest checkpoint.
         extend: with ``resume``, accept another length than the run began with.
         overwrite: start again although the run exists.
@@ -88,6 +97,8 @@ def train(
         CheckpointError: nothing to resume, or a run that must not be overwritten.
         EnvironmentFault: no such device, or the disk is full.
         TrainingError: training could not go on; the last checkpoint is kept.
+        BundleError: pretrained weights that do not fit the network.
+        SecurityError: a file of pretrained weights that holds more than data.
     """
     from medmamba.training.precision import resolve_device
     from medmamba.training.trainer import TrainingSetup, train_fold
@@ -123,6 +134,7 @@ def train(
         max_time_s=max_time,
         deterministic=deterministic,
         extend=extend,
+        start=_start(pretrained, pretrained_mode, freeze_epochs, on_message),
         outside_is_zero_channels=_masked_channels(branch),
     )
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
@@ -147,6 +159,21 @@ def _check_options(
         raise UsageError("--max-time and --epochs exclude each other: give one of them.")
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: give one of them.")
+
+
+def _start(
+    pretrained: Path | str | None,
+    mode: str,
+    frozen_epochs: int | None,
+    say: Callable[[str], None] | None,
+) -> Start | None:
+    if pretrained is not None:
+        return pretrained_start(
+            Path(pretrained), mode=mode, frozen_epochs=frozen_epochs, on_message=say
+        )
+    if frozen_epochs is not None:
+        raise UsageError("--freeze-epochs: nothing to keep fixed; it goes with --pretrained FILE.")
+    return None
 
 
 def _split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -> Split:
@@ -223,6 +250,7 @@ def _write_model(
             "seconds": round(result.elapsed_s, 1),
             "seed": setup.seed,
             "training_cases": len(setup.split.train),
+            **({"pretrained": setup.start.source} if setup.start is not None else {}),
         },
         scores={"validation_patch_dice": round(result.dice, 4)},
     )

@@ -148,10 +148,11 @@ def require_identity(path: Path, found: Mapping[str, str], expected: Mapping[str
     Raises:
         CheckpointError: naming what differs, both values.
     """
-    for key, value in expected.items():
-        if found.get(key) != value:
+    for key in {**found, **expected}:
+        if found.get(key) != expected.get(key):
             raise CheckpointError(
-                f"checkpoint {path}: its {key} is '{found.get(key)}', this run's is '{value}'. "
+                f"checkpoint {path}: its {key} is '{found.get(key)}', this run's is "
+                f"'{expected.get(key)}'. "
                 f"Resume with the same {key}, or train into another folder."
             )
 

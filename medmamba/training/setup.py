@@ -8,6 +8,7 @@ from medmamba.files import hash_values, to_plain
 from medmamba.labels import LabelMap
 from medmamba.networks.spec import NetworkSpec
 from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.start import Start
 from medmamba.volume import Grid
 
 HASH_LENGTH = 12
@@ -28,6 +29,7 @@ class TrainingSetup:
         deterministic: bit-exact on GPUs too; CPU runs always are.
         outside_is_zero_channels: channels normalised inside a mask, set to 0 outside it.
         extend: a resumed run may get another length than it began with.
+        start: weights to begin with instead of fresh ones.
     """
 
     run_folder: Path
@@ -44,6 +46,7 @@ class TrainingSetup:
     deterministic: bool = False
     outside_is_zero_channels: tuple[int, ...] = ()
     extend: bool = False
+    start: Start | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -55,7 +58,8 @@ class TrainingSetup:
             "split": self.split,
         }
         hashes = {k: hash_values(to_plain(v))[:HASH_LENGTH] for k, v in values.items()}
-        return {"network": self.network.name, **hashes, "seed": str(self.seed)}
+        start = {} if self.start is None else {"start": self.start.key[:HASH_LENGTH]}
+        return {"network": self.network.name, **hashes, **start, "seed": str(self.seed)}
 
     @property
     def length(self) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from medmamba.errors import CheckpointError, TrainingError
-from medmamba.files import require_writable_folder, to_plain
+from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
 from medmamba.networks import build_network
 from medmamba.preprocessing.store import CaseStore
 from medmamba.training import checkpoint as checkpoints
@@ -35,6 +35,7 @@ from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sampling import Batch, PatchSampler, SamplingSettings, Stream
 from medmamba.training.schedule import Clock, make_schedule
 from medmamba.training.setup import TrainingResult, TrainingSetup
+from medmamba.training.start import Freezing
 from medmamba.training.stepping import Stepper
 from medmamba.training.validation import Validation, validate
 
@@ -43,6 +44,9 @@ __all__ = ["TrainingResult", "TrainingSetup", "batch_size_on", "train_fold"]
 logger = logging.getLogger(__name__)
 
 LOG, RUN_RECORD, CURVES = "log.jsonl", "run.json", "curves.png"
+
+START_RECORD = "start.json"
+"""What became of the weights a run was given to begin with."""
 
 EMA_KEEP = 0.9
 """Share of the old value in the smoothed validation Dice (nnU-Net)."""
@@ -97,6 +101,9 @@ class FoldRun:
         self.best = setup.run_folder / BEST
         torch.manual_seed(_model_seed(setup.seed, 0))
         network = build_network(setup.network).to(self.device)
+        if setup.start is not None and not (resume and self.latest.exists()):
+            record = setup.start.fill(network)
+            write_atomic(setup.run_folder / START_RECORD, to_json(record))
         self._batch_size = batch_size_on(setup.recipe, self.device)
         self.stepper = Stepper(
             network,
@@ -109,6 +116,7 @@ class FoldRun:
         self.state = self._initial_state(resume)
         clock.before_s = self.state.elapsed_s
         self.schedule = make_schedule(setup.recipe, clock, setup.max_time_s)
+        self._freezing = Freezing(network, setup.start, self.schedule.epochs)
         self.log = RunLog(setup.run_folder / LOG, keep_bytes=self.state.log_bytes)
         self.losses = list(self.state.losses)
         self._norms: list[float] = []
@@ -195,6 +203,7 @@ class FoldRun:
 
     def _train_epoch(self, loader: BatchLoader, stop: StopRequest) -> None:
         self.stepper.network.train()
+        self._freezing.apply(self.state.epoch)
         while self.schedule.goes_on(self.state.epoch, self.state.steps):
             if stop.signal_number is not None:
                 self._save()
