@@ -69,6 +69,61 @@ def import_checkpoint(
     _print_bundle(bundle)
 
 
+@convert.command("import-nnunet")
+def import_nnunet(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Results folder of nnU-Net: TRAINER__PLANS__CONFIGURATION, or one above it.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="MODEL", help="Model folder to write.")
+    ],
+    configuration: Annotated[
+        str | None,
+        typer.Option(
+            "--configuration", "-c", help="Which model, where FOLDER holds several (3d_fullres)."
+        ),
+    ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option("--folds", metavar="0,1,...", help="Folds to take (default: all trained)."),
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="Checkpoint of every fold.")
+    ] = "checkpoint_final.pth",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the model (default: dataset and network).")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model that is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a model that nnU-Net trained into a model folder for [cyan]medmamba predict[/cyan].
+
+    All folds go in; predictions are their mean. With [cyan]predict --compat[/cyan] the masks equal
+    nnU-Net's; by default they may differ near ties. Nothing in the checkpoints is run.
+
+    Example: [cyan]medmamba convert import-nnunet nnUNet_results/Dataset004_X -o model[/cyan]
+    """
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output}: exists. Give another --output, or --overwrite to replace it.")
+    from medmamba.interop.nnunet_results import find_results, import_results
+
+    wanted = None if folds is None else [fold.strip() for fold in folds.split(",")]
+    found = find_results(folder, configuration=configuration, folds=wanted, checkpoint=checkpoint)
+    bundle = import_results(found, output, name=name)
+    if as_json:
+        from medmamba.files import to_json
+
+        sys.stdout.write(to_json(bundle.manifest))
+        return
+    _print_bundle(bundle)
+
+
 def _print_bundle(bundle: "Bundle") -> None:
     manifest, spec = bundle.manifest, bundle.configuration.network
     sizes = "x".join(str(size) for size in spec.patch_size)

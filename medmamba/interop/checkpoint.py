@@ -39,7 +39,15 @@ class ImportedFold:
     state: Mapping[str, Tensor]
 
 
-def import_checkpoints(paths: Sequence[Path], folder: Path, *, name: str | None = None) -> Bundle:
+def import_checkpoints(
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    name: str | None = None,
+    plans: Mapping[str, Any] | None = None,
+    dataset_json: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | None = None,
+) -> Bundle:
     """Read checkpoints of nnU-Net or of one of the official forks and write one bundle.
 
     Which network they hold is read off the names of their tensors, since forks share class names.
@@ -48,6 +56,9 @@ def import_checkpoints(paths: Sequence[Path], folder: Path, *, name: str | None 
         paths: ``.pth`` files, one per fold of one model.
         folder: of the bundle.
         name: of the bundle, for people.
+        plans: instead of those inside the checkpoints.
+        dataset_json: likewise.
+        scores: JSON values for the bundle.
 
     Raises:
         SecurityError: a file holds more than data; nothing of it was run.
@@ -55,7 +66,7 @@ def import_checkpoints(paths: Sequence[Path], folder: Path, *, name: str | None 
             are not folds of one model.
         PlanError: the checkpoint's plans cannot be used.
     """
-    folds = [read_checkpoint(path) for path in paths]
+    folds = [read_checkpoint(path, plans=plans, dataset_json=dataset_json) for path in paths]
     first = folds[0]
     for path, fold in zip(paths[1:], folds[1:], strict=True):
         if (fold.plan, fold.configuration) != (first.plan, first.configuration):
@@ -74,11 +85,17 @@ def import_checkpoints(paths: Sequence[Path], folder: Path, *, name: str | None 
         folds=names,
         name=name,
         training={"imported_from": [path.name for path in paths], "trainer": first.trainer},
+        scores=scores,
     )
 
 
-def read_checkpoint(path: Path) -> ImportedFold:
-    """Read one checkpoint and fit its tensors to the network of its plans.
+def read_checkpoint(
+    path: Path,
+    *,
+    plans: Mapping[str, Any] | None = None,
+    dataset_json: Mapping[str, Any] | None = None,
+) -> ImportedFold:
+    """Read one checkpoint and fit its tensors to the network of its plans, or of those given.
 
     Raises:
         SecurityError: the file holds more than data; nothing of it was run.
@@ -91,8 +108,8 @@ def read_checkpoint(path: Path) -> ImportedFold:
     arguments = _part(content, "init_args", Mapping, what)
     configuration = str(_part(arguments, "configuration", str, what))
     plan = plan_from_nnunet(
-        _part(arguments, "plans", Mapping, what),
-        _part(arguments, "dataset_json", Mapping, what),
+        _part(arguments, "plans", Mapping, what) if plans is None else plans,
+        _part(arguments, "dataset_json", Mapping, what) if dataset_json is None else dataset_json,
         what=what,
     )
     if configuration not in plan.configurations:

@@ -32,7 +32,17 @@ def one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> Non
 
 @pytest.mark.parametrize(
     "command",
-    ["plan", "train", "predict", "evaluate", "demo", "doctor", "info", "convert import-checkpoint"],
+    [
+        "plan",
+        "train",
+        "predict",
+        "evaluate",
+        "demo",
+        "doctor",
+        "info",
+        "convert import-checkpoint",
+        "convert import-nnunet",
+    ],
 )
 def test_help_shows_an_example(command):
     result = medmamba(*command.split(), "--help")
