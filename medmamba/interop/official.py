@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from medmamba.errors import BundleError
 from medmamba.interop.official_keys import has_aliases, merge_aliases, official_names
 from medmamba.networks import build_network
+from medmamba.networks.mambaclinix import recursive_stages
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.ssm import DEFAULT_STATE
 from medmamba.networks.swin_umamba import D_WIDTHS, DECODER_DEPTH, DEPTHS, WIDTHS
 from medmamba.networks.weights import load_exactly
 
@@ -120,6 +122,19 @@ def _planned(name: str, constructor: Constructor) -> NetworkSpec:
     )
 
 
+def _mambaclinix(constructor: Constructor) -> NetworkSpec:
+    """Read MambaClinix's arguments; its upper stages must be those its class is written for."""
+    spec = _planned("mambaclinix", constructor)
+    upper = spec.encoder_blocks[: recursive_stages(spec)]
+    if set(upper) != {2}:
+        # The official class decides by these counts, and loses or shifts layers at any other.
+        raise BundleError(
+            f"network MambaClinix: n_conv_per_stage begins with {list(upper)}; 2 is needed in the "
+            "upper half of the stages, where its recursive convolutions stand."
+        )
+    return spec
+
+
 def _lightm(constructor: Constructor) -> NetworkSpec:
     """Read LightM-UNet's arguments, with the defaults of its class."""
     dimension = int(constructor.get("spatial_dims", 3))
@@ -177,6 +192,12 @@ def _swin_d(constructor: Constructor) -> NetworkSpec:
         )
     if float(decoder.get("drop_path_rate", rate)) != rate:
         raise BundleError("network SwinUMambaD: encoder and decoder need one drop_path_rate.")
+    states = int(encoder.get("d_state", DEFAULT_STATE)), int(decoder.get("d_state", DEFAULT_STATE))
+    if states[0] != states[1]:
+        raise BundleError(
+            f"network SwinUMambaD: d_state is {states[0]} in the encoder and "
+            f"{states[1]} in the decoder; one for both is needed."
+        )
     stages = len(depths) + 1
     return NetworkSpec(
         name="swin_umamba_d",
@@ -188,7 +209,7 @@ def _swin_d(constructor: Constructor) -> NetworkSpec:
         kernel_sizes=((3, 3),) * stages,
         encoder_blocks=(0, *depths),
         decoder_blocks=(DECODER_DEPTH,) * (stages - 2) + (0,),
-        options={"drop_path": rate, "d_state": int(decoder.get("d_state", 16))},
+        options={"drop_path": rate, "d_state": states[0]},
     )
 
 
@@ -243,7 +264,7 @@ READERS: Mapping[str, Callable[[Constructor], NetworkSpec]] = MappingProxyType(
         "UMambaEnc2d": _planned_reader("umamba_enc"),
         "UMambaEnc3d": _planned_reader("umamba_enc"),
         "UMambaEncV1": _planned_reader("umamba_enc_v1"),
-        "MambaClinix": _planned_reader("mambaclinix"),
+        "MambaClinix": _mambaclinix,
         "LightMUNet": _lightm,
         "SwinUMamba": _swin,
         "SwinUMambaD": _swin_d,
