@@ -168,6 +168,8 @@ def train(
         on_epoch=print_epoch,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )
+    if outcome.rank != 0:
+        return
     print(f"epochs    {outcome.epochs}, validation Dice of patches {outcome.dice:.4f}")
     print(f"model     {outcome.model}")
     print(f"curves    {outcome.run_folder / 'curves.png'}")

@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome:
-    """Where a finished run left its model, and how it did on its validation patches."""
+    """Where a finished run left its model, and how it did on its validation patches.
+
+    Args:
+        rank: of this process among those that trained together; 0 wrote the files.
+    """
 
     run_folder: Path
     model: Path
     epochs: int
     dice: float
+    rank: int = 0
 
 
 def train(
@@ -60,6 +65,8 @@ def train(
     on_message: Callable[[str], None] | None = None,
 ) -> TrainOutcome:
     """Train one fold and write a model folder that ``predict`` uses.
+
+    Processes that ``torchrun`` started train it together, each on a part of every batch.
 
     Args:
         work: folder that :func:`plan` made.
@@ -101,6 +108,7 @@ def train(
         SecurityError: a file of pretrained weights that holds more than data.
     """
     from medmamba.training.precision import resolve_device
+    from medmamba.training.team import join_team
     from medmamba.training.trainer import TrainingSetup, train_fold
 
     on_cpu = resolve_device(device).type == "cpu"
@@ -138,18 +146,25 @@ def train(
         outside_is_zero_channels=_masked_channels(branch),
     )
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
-    if on_message is not None:
-        _announce(setup, name, fold, on_message)
-    if on_message is not None and short is not None:
-        on_message(
-            f"recipe {short} instead of the plan's, which needs more steps than a CPU makes in "
-            f"{setup.length}; --recipe {network} trains by the plan's all the same"
+    with join_team(resolve_device(device)) as team:
+        if on_message is not None and team.leads:
+            _announce(setup, name, fold, team.size, on_message)
+            if short is not None:
+                on_message(
+                    f"recipe {short} instead of the plan's, which needs more steps than a CPU "
+                    f"makes in {setup.length}; --recipe {network} trains by the plan's all the same"
+                )
+        result = train_fold(setup, resume=resume, on_progress=on_epoch, team=team)
+        model = setup.run_folder / MODEL_FOLDER
+        if team.leads:
+            _write_model(model, decided, name, fold, setup, result)
+        return TrainOutcome(
+            run_folder=setup.run_folder,
+            model=model,
+            epochs=result.epochs,
+            dice=result.dice,
+            rank=team.rank,
         )
-    result = train_fold(setup, resume=resume, on_progress=on_epoch)
-    model = _write_model(decided, name, fold, setup, result)
-    return TrainOutcome(
-        run_folder=setup.run_folder, model=model, epochs=result.epochs, dice=result.dice
-    )
 
 
 def _check_options(
@@ -209,13 +224,19 @@ def _check_run(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _announce(
-    setup: "TrainingSetup", name: str, fold: int | str, say: Callable[[str], None]
+    setup: "TrainingSetup",
+    name: str,
+    fold: int | str,
+    processes: int,
+    say: Callable[[str], None],
 ) -> None:
     from medmamba.training.precision import choose_precision, describe_cpu, resolve_device
     from medmamba.training.trainer import batch_size_on
 
     device = resolve_device(setup.device)
     where = f"CPU ({describe_cpu()})" if device.type == "cpu" else str(device)
+    if processes > 1:
+        where = f"{processes} processes, the first on {where},"
     batch = batch_size_on(setup.recipe, device)
     planned = f" (planned {setup.recipe.batch_size})" if batch != setup.recipe.batch_size else ""
     say(
@@ -228,11 +249,15 @@ def _announce(
 
 
 def _write_model(
-    decided: Plan, name: str, fold: int | str, setup: "TrainingSetup", result: "TrainingResult"
-) -> Path:
+    folder: Path,
+    decided: Plan,
+    name: str,
+    fold: int | str,
+    setup: "TrainingSetup",
+    result: "TrainingResult",
+) -> None:
     from medmamba.training.checkpoint import prediction_weights
 
-    folder = setup.run_folder / MODEL_FOLDER
     # The plan of the bundle says how it was trained, flips included, whatever was planned.
     branch = dataclasses.replace(decided.configurations[name], training=setup.recipe)
     trained = dataclasses.replace(decided, configurations={**decided.configurations, name: branch})
@@ -254,4 +279,3 @@ def _write_model(
         },
         scores={"validation_patch_dice": round(result.dice, 4)},
     )
-    return folder

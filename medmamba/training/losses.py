@@ -34,9 +34,17 @@ REGION_WEIGHT = 0.8
 """Weight of the region-specific term beside CE and Dice (MambaClinix)."""
 
 
+Total = Callable[[Tensor], Tensor]
+
+
+def itself(value: Tensor) -> Tensor:
+    """Return the value: the sum over the only process there is."""
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What a loss must know of data and recipe.
+    """What a loss must know of data, recipe and the other processes.
 
     Args:
         regions: targets are region channels and outputs are independent (sigmoid).
@@ -44,6 +52,8 @@ class LossSettings:
         has_ignore: the last target channel marks voxels without annotation (regions).
         batch_dice: sum over the batch before dividing.
         options: the loss's own options; an unknown one is an error.
+        total: sums a tensor over the processes that share the batch; the tensor itself when
+            there is one process.
     """
 
     regions: bool = False
@@ -51,6 +61,7 @@ class LossSettings:
     has_ignore: bool = False
     batch_dice: bool = False
     options: Mapping[str, LossOption] = field(default_factory=dict)
+    total: Total = itself
 
     @classmethod
     def of(
@@ -59,6 +70,7 @@ class LossSettings:
         *,
         batch_dice: bool = False,
         options: Mapping[str, LossOption] | None = None,
+        total: Total = itself,
     ) -> "LossSettings":
         """Read the settings off a label map."""
         return cls(
@@ -67,7 +79,21 @@ class LossSettings:
             has_ignore=label_map.ignore_value is not None,
             batch_dice=batch_dice,
             options=options or {},
+            total=total,
         )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all values of all processes."""
+        if self.total is itself:
+            return values.mean()
+        count = torch.tensor(values.numel(), dtype=values.dtype, device=values.device)
+        summed, counted = self.total(torch.stack([values.sum(), count])).unbind()
+        return summed / counted.detach()
+
+    def ratio(self, numerator: Tensor, count: Tensor) -> Tensor:
+        """Return sums of all processes divided by a count of all processes, at least 1."""
+        summed, counted = self.total(torch.stack([numerator, count.to(numerator.dtype)])).unbind()
+        return summed / counted.detach().clip(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,55 +167,66 @@ def soft_dice(scores: Scores, settings: LossSettings) -> Tensor:
         target = target & scores.mask
         predicted, annotated = (probabilities * scores.mask).sum(axes), target.sum(axes)
     overlap = (probabilities * target).sum(axes)
-    if settings.batch_dice:
-        predicted, annotated, overlap = predicted.sum(0), annotated.sum(0), overlap.sum(0)
-    dice = (2 * overlap + DICE_SMOOTH) / (predicted + annotated + DICE_SMOOTH).clip(min=1e-8)
-    return -dice.mean()
+    if not settings.batch_dice:
+        return -settings.mean(_dice(predicted, annotated, overlap))
+    sums = torch.stack([predicted.sum(0), annotated.sum(0).to(predicted.dtype), overlap.sum(0)])
+    return -_dice(*settings.total(sums).unbind()).mean()
+
+
+def _dice(predicted: Tensor, annotated: Tensor, overlap: Tensor) -> Tensor:
+    return (2 * overlap + DICE_SMOOTH) / (predicted + annotated + DICE_SMOOTH).clip(min=1e-8)
 
 
 def cross_entropy(scores: Scores, settings: LossSettings) -> Tensor:
     """Return CE over annotated voxels, or BCE for regions; 0 where nothing is annotated."""
     if scores.log_probabilities is None or scores.labels is None:
-        return _binary_cross_entropy(scores)
+        return _binary_cross_entropy(scores, settings)
     picked = scores.log_probabilities.gather(1, scores.labels[:, None])
     if scores.mask is None:
-        return -picked.mean()
-    return -(picked * scores.mask).sum() / scores.mask.sum().clip(min=1)
+        return -settings.mean(picked)
+    return -settings.ratio((picked * scores.mask).sum(), scores.mask.sum())
 
 
-def _binary_cross_entropy(scores: Scores) -> Tensor:
+def _binary_cross_entropy(scores: Scores, settings: LossSettings) -> Tensor:
     # With an ignore label nnU-Net divides the sum over all regions by annotated voxels only,
     # so that its value grows with the number of regions. Kept, the recipe's balance depends on it.
     target = scores.target.to(scores.logits.dtype)
-    if scores.mask is None:
-        return functional.binary_cross_entropy_with_logits(scores.logits, target)
     values = functional.binary_cross_entropy_with_logits(scores.logits, target, reduction="none")
-    return (values * scores.mask).sum() / scores.mask.sum().clip(min=1)
+    if scores.mask is None:
+        return settings.mean(values)
+    return settings.ratio((values * scores.mask).sum(), scores.mask.sum())
 
 
 def tversky(scores: Scores, settings: LossSettings) -> Tensor:
     """Return 1 minus the mean Tversky index (Salehi et al. 2017, equation 5)."""
-    return 1 - _tversky(scores, settings).mean()
+    return 1 - _mean_over_batch(_tversky(scores, settings), settings)
 
 
 def focal_tversky(scores: Scores, settings: LossSettings) -> Tensor:
     """Return the mean of (1 - T) ** gamma (Abraham and Khan 2019, equation 4)."""
     gamma = _number(settings, "gamma", FOCAL_GAMMA)
     # The slope of x ** gamma is infinite at 0, where a perfect prediction ends.
-    return (1 - _tversky(scores, settings)).clip(min=1e-6).pow(gamma).mean()
+    focused = (1 - _tversky(scores, settings)).clip(min=1e-6).pow(gamma)
+    return _mean_over_batch(focused, settings)
 
 
 def region_tversky(scores: Scores, settings: LossSettings) -> Tensor:
     """Return minus the mean Tversky score of a grid of cells (MambaClinix, networks.md 5.1)."""
     probabilities, target = _foreground(scores, settings)
     official = bool(settings.options.get("official_ignore", False))
-    return -region_tversky_score(
+    score = region_tversky_score(
         probabilities,
         target,
         grid=_grid(settings, probabilities.ndim - 2),
-        batch=settings.batch_dice,
+        batch=settings.total if settings.batch_dice else None,
         mask=None if official else scores.mask,
-    ).mean()
+    )
+    return -_mean_over_batch(score, settings)
+
+
+def _mean_over_batch(values: Tensor, settings: LossSettings) -> Tensor:
+    # Over the batch already, values are those of all processes and equal everywhere.
+    return values.mean() if settings.batch_dice else settings.mean(values)
 
 
 def _tversky(scores: Scores, settings: LossSettings) -> Tensor:
@@ -201,7 +238,7 @@ def _tversky(scores: Scores, settings: LossSettings) -> Tensor:
             _number(settings, "alpha", TVERSKY_ALPHA),
             _number(settings, "beta", TVERSKY_BETA),
         ),
-        batch=settings.batch_dice,
+        batch=settings.total if settings.batch_dice else None,
         mask=scores.mask,
     )
 

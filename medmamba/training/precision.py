@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from medmamba.errors import EnvironmentFault, UsageError
+from medmamba.training.team import local_rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,16 @@ NATIVE_BF16_CAPABILITY = (8, 0)
 def resolve_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` into a device that exists.
 
+    Among processes that ``torchrun`` started, each takes the GPU of its own number.
+
     Raises:
         UsageError: no such name.
         EnvironmentFault: torch cannot use that device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -101,6 +101,20 @@ class RunLog:
             self._file.close()
 
 
+class SilentLog:
+    """Stands where the log is on ranks that do not lead, and writes nothing."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See ``RunLog``."""
+
+    def sync(self) -> int:
+        """See ``RunLog``."""
+        return 0
+
+    def close(self) -> None:
+        """See ``RunLog``."""
+
+
 def _unwritable(path: Path, error: OSError) -> EnvironmentFault:
     return EnvironmentFault(
         f"{path}: cannot be written ({error.strerror or error}). "

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from medmamba.labels import LabelMap
-from medmamba.training.losses import DeepSupervision, LossSettings, build_loss, region_targets
+from medmamba.training.losses import (
+    DeepSupervision,
+    LossSettings,
+    build_loss,
+    itself,
+    region_targets,
+)
 from medmamba.training.memory_format import pack_weights
 from medmamba.training.optimization import WeightAverage, clip_gradients, make_optimizer
 from medmamba.training.precision import autocast
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sample_threads import SampleThreads, suits
 from medmamba.training.sampling import Batch
+from medmamba.training.team import ALONE, Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,9 @@ class Stepper:
     Args:
         network: on its device already.
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        batch_size: of the batches to come, which decides how a CPU shares the work.
+        batch_size: samples this process computes of a batch, which decides how a CPU shares the
+            work.
+        team: the processes that share every batch.
     """
 
     def __init__(
@@ -46,11 +55,15 @@ class Stepper:
         device: torch.device,
         precision: str,
         batch_size: int = 1,
+        team: Team = ALONE,
     ) -> None:
         if hasattr(network, "deep_supervision"):
             network.deep_supervision = recipe.deep_supervision  # type: ignore[assignment]
         settings = LossSettings.of(
-            label_map, batch_dice=recipe.batch_dice, options=recipe.loss_options
+            label_map,
+            batch_dice=recipe.batch_dice,
+            options=recipe.loss_options,
+            total=itself if team.size == 1 else team.total,
         )
         if device.type == "cpu":
             pack_weights(network)
@@ -65,6 +78,7 @@ class Stepper:
         self._clip = recipe.gradient_clip
         self._device = device
         self._precision = precision
+        self._team = team
         self._samples = (
             SampleThreads(network, precision=precision)
             if suits(network, device, batch_size)
@@ -82,6 +96,7 @@ class Stepper:
         else:
             loss, _ = self._forward(batch)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._team.sum_gradients(list(self.network.parameters()))
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.network.parameters(), self._clip)
         loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()

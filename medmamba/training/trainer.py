@@ -30,13 +30,20 @@ from medmamba.training.precision import (
     keep_freed_memory,
     resolve_device,
 )
-from medmamba.training.progress import EpochReport, RunLog, memory_gb, write_run_record
+from medmamba.training.progress import (
+    EpochReport,
+    RunLog,
+    SilentLog,
+    memory_gb,
+    write_run_record,
+)
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sampling import Batch, PatchSampler, SamplingSettings, Stream
 from medmamba.training.schedule import Clock, make_schedule
 from medmamba.training.setup import TrainingResult, TrainingSetup
 from medmamba.training.start import Freezing
 from medmamba.training.stepping import Stepper
+from medmamba.training.team import ALONE, Team
 from medmamba.training.validation import Validation, validate
 
 __all__ = ["TrainingResult", "TrainingSetup", "batch_size_on", "train_fold"]
@@ -63,13 +70,15 @@ def train_fold(
     *,
     resume: bool = False,
     on_progress: Callable[[EpochReport], None] | None = None,
+    team: Team = ALONE,
 ) -> TrainingResult:
     """Train until the schedule ends.
 
     Args:
         setup: the fold.
         resume: go on from the latest checkpoint, or start if there is none yet.
-        on_progress: called after every epoch.
+        on_progress: called after every epoch, on the rank that leads.
+        team: the processes that share every batch; all call this with the same setup.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another run.
@@ -82,7 +91,7 @@ def train_fold(
     keep_freed_memory()
     deterministic = deterministic_algorithms(setup.deterministic)
     with stop_on_signals() as stop, deterministic:
-        run = FoldRun(setup, clock, resume=resume)
+        run = FoldRun(setup, clock, resume=resume, team=team)
         try:
             run.train(stop, on_progress)
         finally:
@@ -93,8 +102,11 @@ def train_fold(
 class FoldRun:
     """The loop's state: everything a checkpoint holds, live."""
 
-    def __init__(self, setup: TrainingSetup, clock: Clock, *, resume: bool) -> None:
+    def __init__(
+        self, setup: TrainingSetup, clock: Clock, *, resume: bool, team: Team = ALONE
+    ) -> None:
         self.setup = setup
+        self.team = team
         self.device = resolve_device(setup.device)
         self.precision = choose_precision(self.device, setup.precision)
         self.latest = setup.run_folder / LATEST
@@ -105,34 +117,38 @@ class FoldRun:
             record = setup.start.fill(network)
             write_atomic(setup.run_folder / START_RECORD, to_json(record))
         self._batch_size = batch_size_on(setup.recipe, self.device)
+        self._share = team.share(self._batch_size)
         self.stepper = Stepper(
             network,
             setup.recipe,
             setup.label_map,
             device=self.device,
             precision=self.precision,
-            batch_size=self._batch_size,
+            batch_size=len(self._share or range(self._batch_size)),
+            team=team,
         )
         self.state = self._initial_state(resume)
         clock.before_s = self.state.elapsed_s
         self.schedule = make_schedule(setup.recipe, clock, setup.max_time_s)
         self._freezing = Freezing(network, setup.start, self.schedule.epochs)
-        self.log = RunLog(setup.run_folder / LOG, keep_bytes=self.state.log_bytes)
+        self.log: RunLog | SilentLog = SilentLog()
         self.losses = list(self.state.losses)
         self._norms: list[float] = []
         self._skipped = 0
         self._training_s = self._waiting_s = 0.0
         self._curves_at = clock.elapsed_s()
         self._store = CaseStore(setup.store_folder)
-        self._record_start()
+        if team.leads:
+            self.log = RunLog(setup.run_folder / LOG, keep_bytes=self.state.log_bytes)
+            self._record_start()
 
     def _initial_state(self, resume: bool) -> RunState:
         setup = self.setup
-        if resume and self.latest.exists():
+        if resume and self.team.decide(self.latest.exists()):
             return self._restore()
         if resume:
             logger.warning("%s does not exist yet; the run starts at its beginning", self.latest)
-        for stale in (self.latest, self.best):
+        for stale in (self.latest, self.best) if self.team.leads else ():
             stale.unlink(missing_ok=True)
         return RunState(identity=setup.identity, length=setup.length)
 
@@ -162,6 +178,7 @@ class FoldRun:
             settings={
                 "precision": self.precision,
                 "batch_size": self._batch_size,
+                "processes": self.team.size,
                 "seed": self.setup.seed,
                 "length": self.setup.length,
                 "resumed_at_iteration": self.state.iteration,
@@ -189,13 +206,15 @@ class FoldRun:
 
     def train(self, stop: StopRequest, on_progress: Callable[[EpochReport], None] | None) -> None:
         validation = self.sampler(Stream.VALIDATION)
-        with BatchLoader(self.sampler(Stream.TRAINING), first=self.state.iteration) as loader:
-            while not self.schedule.finished(self.state.epoch):
+        training, first = self.sampler(Stream.TRAINING), self.state.iteration
+        with BatchLoader(training, first=first, samples=self._share) as loader:
+            while not self.team.decide(self.schedule.finished(self.state.epoch)):
                 self._train_epoch(loader, stop)
                 report = self._finish_epoch(validation)
-                if on_progress is not None:
+                if on_progress is not None and self.team.leads:
                     on_progress(report)
-                if stop.signal_number is not None and not self.state.finished:
+                _, stopping = self.team.agree([], any_of=stop.signal_number is not None)
+                if stopping and not self.state.finished:
                     raise stop.error(str(self.latest))
         if not self.state.finished:
             self._save(finished=True)
@@ -204,23 +223,35 @@ class FoldRun:
     def _train_epoch(self, loader: BatchLoader, stop: StopRequest) -> None:
         self.stepper.network.train()
         self._freezing.apply(self.state.epoch)
-        while self.schedule.goes_on(self.state.epoch, self.state.steps):
-            if stop.signal_number is not None:
+        while True:
+            rate, goes_on, stopping = self._agree_on_step(stop)
+            if not goes_on:
+                return
+            if stopping:
                 self._save()
                 raise stop.error(str(self.latest))
             begun = time.monotonic()
             batch = loader.next()
             self._waiting_s += time.monotonic() - begun
-            self.step(batch)
+            self.step(batch, rate)
             seconds = time.monotonic() - begun
             self._training_s += seconds
             self.schedule.step_took(seconds)
 
-    def step(self, batch: Batch) -> float:
-        """Take one step of training and return its loss."""
+    def _agree_on_step(self, stop: StopRequest) -> tuple[float, bool, bool]:
+        """Rate of the next step, whether there is one, and whether a signal asks to stop."""
+        epoch, steps = self.state.epoch, self.state.steps
+        goes_on = self.schedule.goes_on(epoch, steps)
+        rate = self.schedule.learning_rate(epoch, steps) if goes_on else 0.0
+        numbers, stopping = self.team.agree(
+            [rate, float(goes_on)], any_of=stop.signal_number is not None
+        )
+        return numbers[0], bool(numbers[1]), stopping
+
+    def step(self, batch: Batch, rate: float) -> float:
+        """Take one step of training at a learning rate and return its loss."""
         state = self.state
-        rate = self.schedule.learning_rate(state.epoch, state.steps)
-        torch.manual_seed(_model_seed(self.setup.seed, 1 + state.iteration))
+        torch.manual_seed(_model_seed(self.setup.seed, 1 + state.iteration, self.team.rank))
         outcome = self.stepper.train(batch, rate, state.iteration)
         bad_steps = 0 if outcome.applied else state.bad_steps + 1
         self.log.write(
@@ -241,7 +272,8 @@ class FoldRun:
 
     def _guard(self, batch: Batch, loss: float, bad_steps: int) -> None:
         self._skipped += 1
-        cases = ", ".join(dict.fromkeys(batch.cases))
+        everyone = [case for cases in self.team.gather(batch.cases) for case in cases]
+        cases = ", ".join(dict.fromkeys(everyone))
         scaling = self.precision == "fp16" and math.isfinite(loss)
         level = logging.INFO if scaling else logging.WARNING
         logger.log(level, "iteration %d skipped: loss %g, cases %s", batch.iteration, loss, cases)
@@ -277,7 +309,8 @@ class FoldRun:
         )
         self.losses, self._norms, self._skipped = [], [], 0
         self._training_s = self._waiting_s = 0.0
-        self._save(finished=self.schedule.finished(self.state.epoch), best=is_best)
+        finished = self.team.decide(self.schedule.finished(self.state.epoch))
+        self._save(finished=finished, best=is_best)
         self._draw_curves()
         self.schedule.overhead_took(time.monotonic() - begun)
         return report
@@ -290,7 +323,8 @@ class FoldRun:
         def goes_on(batches: int) -> bool:
             if settled is not None:
                 return batches < settled
-            return self.schedule.validation_goes_on(batches, time.monotonic() - begun)
+            seconds = time.monotonic() - begun
+            return self.team.decide(self.schedule.validation_goes_on(batches, seconds))
 
         limit = self.setup.recipe.validation_iterations if settled is None else settled
         weights = None
@@ -298,8 +332,10 @@ class FoldRun:
             weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
             network.load_state_dict(average.tensors)
         network.eval()
-        with BatchLoader(sampler, first=0, stop=limit) as loader:
-            found = validate(loader.next, self.stepper.evaluate, self.setup.label_map, goes_on)
+        with BatchLoader(sampler, first=0, stop=limit, samples=self._share) as loader:
+            found = validate(
+                loader.next, self.stepper.evaluate, self.setup.label_map, goes_on, self.team.total
+            )
         if weights is not None:
             network.load_state_dict(weights)
         return found
@@ -338,6 +374,8 @@ class FoldRun:
             scaler=dict(scaler.state_dict()) if scaler.is_enabled() else None,
             finished=finished,
         )
+        if not self.team.leads:
+            return
         network, average = self.stepper.network, self.stepper.average
         if best:
             checkpoints.save_checkpoint(
@@ -353,6 +391,8 @@ class FoldRun:
 
     def _draw_curves(self, *, force: bool = False) -> None:
         now = self.schedule.elapsed_s()
+        if not isinstance(self.log, RunLog):
+            return
         if not force and now - self._curves_at < CURVES_EVERY_S:
             return
         from medmamba.evaluation.curves import plot_curves
@@ -384,7 +424,8 @@ def batch_size_on(recipe: TrainingRecipe, device: torch.device) -> int:
     return recipe.batch_size
 
 
-def _model_seed(seed: int, number: int) -> int:
+def _model_seed(seed: int, number: int, rank: int = 0) -> int:
     # Every step has its own seed, so that stochastic depth needs no stored random state.
-    sequence = np.random.SeedSequence((seed, int(Stream.MODEL), number))
+    ranked = (rank,) if rank else ()
+    sequence = np.random.SeedSequence((seed, int(Stream.MODEL), number, *ranked))
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)

@@ -5,8 +5,12 @@ Legend: B batch, K classes. Probabilities and targets are (B, K, *spatial).
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+BatchTotal = Callable[[Tensor], Tensor]
+"""Adds up sums of this process's samples over all processes that share the batch."""
 
 SMOOTH = 1e-5
 REGION_BASE, REGION_SLOPE = 0.3, 0.4
@@ -36,16 +40,16 @@ def tversky_score(
     target: Tensor,
     *,
     weights: tuple[float, float],
-    batch: bool,
+    batch: BatchTotal | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return the Tversky index per sample and class, or per class if ``batch``."""
+    """Return the Tversky index per sample and class, or per class of the whole ``batch``."""
     axes = tuple(range(2, probabilities.ndim))
-    if batch:
-        axes = (0, *axes)
-    hits, extra, missed = (part.sum(axes) for part in confusion(probabilities, target, mask))
+    parts = torch.stack([part.sum(axes) for part in confusion(probabilities, target, mask)])
+    hits, extra, missed = parts if batch is None else batch(parts.sum(1))
     alpha, beta = weights
-    return (hits + SMOOTH) / (hits + alpha * extra + beta * missed + SMOOTH)
+    index: Tensor = (hits + SMOOTH) / (hits + alpha * extra + beta * missed + SMOOTH)
+    return index
 
 
 def region_tversky_score(
@@ -53,7 +57,7 @@ def region_tversky_score(
     target: Tensor,
     *,
     grid: tuple[int, ...],
-    batch: bool,
+    batch: BatchTotal | None,
     mask: Tensor | None,
 ) -> Tensor:
     """Return MambaClinix's region-specific Tversky score per class and cell.
@@ -62,10 +66,10 @@ def region_tversky_score(
     patch. The weights adapt to the kind of error of each cell, and gradients flow through them.
     """
     pool = _POOL[len(grid)]
-    hits, extra, missed = (pool(part, grid) for part in confusion(probabilities, target, mask))
-    if batch:
-        hits, extra, missed = hits.sum(0), extra.sum(0), missed.sum(0)
+    parts = torch.stack([pool(part, grid) for part in confusion(probabilities, target, mask)])
+    hits, extra, missed = parts if batch is None else batch(parts.sum(1))
     error = extra + missed + SMOOTH
     alpha = REGION_BASE + REGION_SLOPE * (extra + SMOOTH) / error
     beta = REGION_BASE + REGION_SLOPE * (missed + SMOOTH) / error
-    return (hits + SMOOTH) / (hits + alpha * extra + beta * missed + SMOOTH)
+    index: Tensor = (hits + SMOOTH) / (hits + alpha * extra + beta * missed + SMOOTH)
+    return index

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medmamba.labels import LabelMap
-from medmamba.training.losses import region_targets
+from medmamba.training.losses import itself, region_targets
 from medmamba.training.sampling import Batch
 
 REGION_THRESHOLD = 0.0
@@ -37,6 +37,7 @@ def validate(
     evaluate: Callable[[Batch], tuple[Tensor, Tensor]],
     label_map: LabelMap,
     goes_on: Callable[[int], bool],
+    total: Callable[[Tensor], Tensor] = itself,
 ) -> Validation:
     """Sum overlap over batches while ``goes_on(number of batches so far)``.
 
@@ -45,6 +46,7 @@ def validate(
         evaluate: returns loss and full-resolution logits (B, K, *spatial) of a batch.
         label_map: which classes or regions are counted.
         goes_on: asked before every batch.
+        total: sums counts over the processes that share the batches.
     """
     names = list(label_map.foreground)
     counts = torch.zeros(3, len(names), dtype=torch.float64)
@@ -54,9 +56,9 @@ def validate(
         loss, logits = evaluate(batch)
         losses.append(loss.item())
         counts += count_overlap(logits, batch.labels.to(logits.device), label_map).cpu()
-    hits, extra, missed = counts
-    total = 2 * hits + extra + missed
-    dice = torch.where(total > 0, 2 * hits / total.clip(min=1), torch.nan)
+    hits, extra, missed = total(counts)
+    voxels = 2 * hits + extra + missed
+    dice = torch.where(voxels > 0, 2 * hits / voxels.clip(min=1), torch.nan)
     return Validation(
         loss=sum(losses) / len(losses) if losses else float("nan"),
         dice_per_class=dict(zip(names, dice.tolist(), strict=True)),

@@ -94,7 +94,7 @@ with BatchLoader(run.sampler(Stream.TRAINING), first=0) as loader:
         seconds = []
         for _ in range(int(line)):
             begun = time.perf_counter()
-            loss = run.step(loader.next())
+            loss = run.step(loader.next(), setup.recipe.learning_rate)
             seconds.append(time.perf_counter() - begun)
         print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
 """

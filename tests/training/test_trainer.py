@@ -152,8 +152,8 @@ def test_a_stop_in_the_middle_of_an_epoch_resumes_bit_for_bit(
     other = dataclasses.replace(setup, run_folder=tmp_path / "other")
     step = trainer.FoldRun.step
 
-    def stop_after_six(self, batch):
-        step(self, batch)
+    def stop_after_six(self, batch, rate):
+        step(self, batch, rate)
         if batch.iteration == 5:
             signal.raise_signal(number)
 
