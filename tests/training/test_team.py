@@ -94,9 +94,9 @@ def test_two_processes_train_as_one_does_with_the_same_batch(store_folder, tmp_p
     "changes",
     [
         {"batch_dice": False},
-        {"loss": "region_tversky", "loss_options": {"grid": [2, 2, 2]}},
+        {"loss": "region_tversky"},
         {"loss": "tversky_ce", "batch_dice": False},
-        {"loss": "focal_tversky", "optimizer": "adamw", "weight_averaging": 0.9},
+        {"loss": "focal_tversky", "weight_averaging": 0.9},
     ],
 )
 def test_every_loss_is_that_of_the_whole_batch(store_folder, tmp_path, changes: dict) -> None:
