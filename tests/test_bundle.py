@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from medmamba.bundle import (
     load_networks,
     read_manifest,
     save_bundle,
+    save_ensemble,
     verify_bundle,
 )
 from medmamba.errors import BundleError, EnvironmentFault, SecurityError
@@ -159,7 +161,7 @@ def test_a_failed_save_keeps_the_old_bundle(
     def fail(path: Path, plan: Plan) -> None:
         raise EnvironmentFault("disk full")
 
-    monkeypatch.setattr("medmamba.bundle.save_plan", fail)
+    monkeypatch.setattr("medmamba.bundling.writing.save_plan", fail)
     with pytest.raises(EnvironmentFault):
         save_bundle(
             bundle.folder, plan=tiny_plan(), configuration=CONFIGURATION, weights=[weights(5)]
@@ -343,3 +345,64 @@ def test_damaged_reference_cases_are_refused(
     path.unlink()
     with pytest.raises(BundleError, match="does not exist"):
         verify_bundle(bundle)
+
+
+POSTPROCESSING = {
+    "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"],
+    "postprocessing_kwargs": [{"labels_or_regions": 1}],
+}
+
+
+@pytest.fixture
+def ensemble(bundle: Bundle, tmp_path: Path) -> Bundle:
+    save_bundle(
+        tmp_path / "other", plan=tiny_plan(), configuration=CONFIGURATION, weights=[weights(2)]
+    )
+    return save_ensemble(
+        tmp_path / "both",
+        [bundle.folder, tmp_path / "other"],
+        name="two networks",
+        scores={"Dice": 0.8},
+        postprocessing=POSTPROCESSING,
+    )
+
+
+def test_an_ensemble_holds_its_members(ensemble: Bundle, bundle: Bundle) -> None:
+    again = load_bundle(ensemble.folder)
+    assert again == ensemble
+    assert [len(load_networks(model)) for model in again.models] == [2, 1]
+    assert again.manifest.network == "plain_unet + plain_unet"
+    assert again.postprocessing is not None
+    assert again.postprocessing.steps == ((1,),)
+    assert verify_bundle(again).outcome == "identical"
+    assert "two networks" in (again.folder / "CARD.md").read_text()
+    assert bundle.models == (bundle,)
+    assert bundle.postprocessing is None
+
+
+@pytest.mark.parametrize("name", ["weights/fold_0.safetensors", "SHA256SUMS", "manifest.json"])
+def test_a_changed_member_is_a_security_refusal(ensemble: Bundle, name: str) -> None:
+    path = next((ensemble.folder / "members").iterdir()) / name
+    data = bytearray(path.read_bytes())
+    data[data.index(b"Dataset001") if name.startswith("manifest") else -3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SecurityError):
+        load_bundle(ensemble.folder)
+
+
+def test_changed_postprocessing_is_a_security_refusal(ensemble: Bundle) -> None:
+    (ensemble.folder / "postprocessing.json").write_text("{}")
+    with pytest.raises(SecurityError, match="postprocessing"):
+        load_bundle(ensemble.folder)
+
+
+def test_members_must_belong_together(bundle: Bundle, tmp_path: Path) -> None:
+    other = dataclasses.replace(
+        tiny_plan(), label_map=LabelMap(values={"background": (0,), "x": (1,), "y": (2,)})
+    )
+    save_bundle(tmp_path / "other", plan=other, configuration=CONFIGURATION, weights=[weights(2)])
+    with pytest.raises(BundleError, match="labels"):
+        save_ensemble(tmp_path / "both", [bundle.folder, tmp_path / "other"], name="x")
+    with pytest.raises(BundleError, match="1 members"):
+        save_ensemble(tmp_path / "both", [bundle.folder], name="x")
+    assert not (tmp_path / "both").exists()

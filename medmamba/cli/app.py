@@ -22,6 +22,7 @@ from medmamba.cli.info import info
 from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
 from medmamba.cli.train import train
+from medmamba.cli.verify import verify
 from medmamba.errors import MedMambaError
 
 EXIT_BUG = 1
@@ -44,6 +45,7 @@ app.add_typer(convert)
 app.command()(demo)
 app.command()(doctor)
 app.command()(info)
+app.command()(verify)
 
 
 def _print_version(wanted: bool) -> None:

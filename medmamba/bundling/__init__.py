@@ -1,0 +1,1 @@
+"""How bundles are described, read and written; ``medmamba.bundle`` is the face of it."""
