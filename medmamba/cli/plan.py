@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,6 +11,8 @@ from medmamba.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
     from medmamba.dataset import VerificationReport
+    from medmamba.pipeline.plan_request import PlanOutcome, Step
+    from medmamba.plans.fingerprint import Sampling
     from medmamba.plans.plan import Plan
 
 SHOWN_PROBLEMS = 50
@@ -22,7 +24,8 @@ def plan(
         Path,
         typer.Argument(
             metavar="DATASET",
-            help="nnU-Net raw dataset (DatasetXXX_Name) or Decathlon task folder.",
+            help="nnU-Net raw dataset (DatasetXXX_Name), Decathlon task folder, or a folder that "
+            "nnU-Net has preprocessed.",
         ),
     ],
     work: Annotated[
@@ -49,7 +52,8 @@ def plan(
         typer.Option(
             "--configuration",
             "-c",
-            help="Configuration to preprocess, repeatable (default: 3d_fullres, 2d for 2D data).",
+            help="Configuration to preprocess, repeatable, all in one pass (default: 3d_fullres, "
+            "2d for 2D data).",
         ),
     ] = None,
     spacing: Annotated[
@@ -58,9 +62,54 @@ def plan(
             "--spacing", metavar="Z,Y,X", help="Target spacing in mm instead of the median."
         ),
     ] = None,
+    planner: Annotated[
+        str | None,
+        typer.Option(
+            "--planner",
+            help="nnU-Net planner whose rules apply: ExperimentPlanner, ResEncUNetPlanner or "
+            "nnUNetPlannerResEncM, L, XL (default: the preset's; for resenc_unet by memory).",
+        ),
+    ] = None,
+    plans_name: Annotated[
+        str | None, typer.Option("--plans-name", help="Name of the plan in nnU-Net's folders.")
+    ] = None,
+    sampling: Annotated[
+        str,
+        typer.Option(
+            "--sampling",
+            metavar="exact|compatible",
+            help="Intensity statistics of all voxels, or of the samples nnU-Net draws.",
+        ),
+    ] = "exact",
+    until: Annotated[
+        str,
+        typer.Option(
+            "--until",
+            metavar="verify|fingerprint|plan|preprocess",
+            help="Last step to do; each goes on from what is there.",
+        ),
+    ] = "preprocess",
     preprocess: Annotated[
-        bool, typer.Option("--preprocess/--no-preprocess", help="Preprocess after planning.")
+        bool,
+        typer.Option("--preprocess/--no-preprocess", help="--no-preprocess: --until plan."),
     ] = True,
+    nnunet: Annotated[
+        Path | None,
+        typer.Option(
+            "--nnunet",
+            metavar="FOLDER",
+            help="Fill nnU-Net's folder of preprocessed datasets too: nnUNetv2_train can then "
+            "train the network from this plan.",
+        ),
+    ] = None,
+    resample_on: Annotated[
+        str | None,
+        typer.Option(
+            "--resample-on",
+            metavar="cpu|cuda[:i]",
+            help="Resample in PyTorch on a device, with the same numbers (default: NumPy).",
+        ),
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -71,10 +120,16 @@ def plan(
 
     Example: [cyan]medmamba plan Dataset004_Hippocampus -o work --network plain_unet[/cyan]
     """
+    check_choice("--sampling", sampling, ("exact", "compatible"))
+    check_choice("--until", until, ("verify", "fingerprint", "plan", "preprocess"))
     from medmamba.cli.display import StepProgress
     from medmamba.pipeline.planning import plan as run_plan
 
     def show_report(report: "VerificationReport") -> None:
+        if as_json and report.fatal:
+            from medmamba.files import to_json
+
+            sys.stdout.write(to_json(report))
         print_problems(report)
 
     with StepProgress() as progress:
@@ -86,7 +141,13 @@ def plan(
             device="cpu" if cpu else "cuda",
             configurations=tuple(configurations or ()),
             spacing_mm=parse_spacing(spacing),
+            planner=planner,
+            plans_name=plans_name,
+            sampling=cast("Sampling", sampling),
             preprocess=preprocess,
+            until=cast("Step", until),
+            nnunet_folder=nnunet,
+            resample_on=resample_on,
             workers=workers,
             on_verified=show_report,
             on_progress=progress,
@@ -96,11 +157,34 @@ def plan(
 
         sys.stdout.write(to_json(outcome.summary()))
         return
+    print_outcome(outcome, work, network)
+
+
+def print_outcome(outcome: "PlanOutcome", work: Path, network: str) -> None:
+    """Say what was decided, where it lies and what comes next."""
+    if outcome.plan is None:
+        warnings = len(outcome.report.warnings)
+        print(f"verified  {outcome.report.cases} cases, {warnings} warning(s): {work}")
+        return
     print_plan(outcome.plan)
     print(f"plan      {outcome.plan_path}")
     for store in outcome.stores:
         print(f"arrays    {store}")
+    if outcome.nnunet_folder is not None:
+        name = outcome.plan.plans_name
+        print(f"nnU-Net   {outcome.nnunet_folder}")
+        print(f"          nnUNetv2_train {outcome.nnunet_folder.name} 3d_fullres 0 -p {name}")
     print(f"next      medmamba train {work} --network {network}")
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        UsageError: naming them.
+    """
+    if value not in choices:
+        raise UsageError(f"{option} '{value}': choose one of {', '.join(choices)}.")
 
 
 def parse_spacing(text: str | None) -> tuple[float, ...] | None:
@@ -142,8 +226,10 @@ def print_problems(report: "VerificationReport") -> None:
         )
 
 
-def print_plan(plan: "Plan") -> None:
-    """Show each decision with its value and its reason."""
+def print_plan(plan: "Plan | None") -> None:
+    """Show each decision with its value and its reason; nothing where there is no plan yet."""
+    if plan is None:
+        return
     from rich.table import Table
 
     from medmamba.cli.display import data

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medmamba.errors import BundleError, MedMambaError, SecurityError
+from medmamba.errors import BundleError, DatasetError, MedMambaError, SecurityError
 
 STORAGE_TYPES: dict[str, torch.dtype] = {
     "BFloat16Storage": torch.bfloat16,
@@ -65,6 +65,25 @@ def read_foreign_pickle(path: Path) -> Any:
         raise BundleError(f"checkpoint {path} is damaged ({error!r}). Copy it again.") from error
 
 
+def read_plain_pickle(path: Path) -> Any:
+    """Return the content of a plain pickle of numbers, text, containers and NumPy arrays.
+
+    Raises:
+        SecurityError: the pickle uses a name outside the allow-list; nothing of it was run.
+        DatasetError: the file is missing or damaged.
+    """
+    try:
+        with path.open("rb") as program:
+            return _Reader(program, None, "", path).load()
+    except MedMambaError:
+        raise
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path} does not exist.") from error
+    except Exception as error:
+        # A damaged pickle fails in as many ways as there are opcodes.
+        raise DatasetError(f"{path} is damaged ({error!r}). Copy it again.") from error
+
+
 def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
     programs = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(programs) != 1:
@@ -80,7 +99,9 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
 class _Reader(pickle.Unpickler):
     """An unpickler that resolves names from a fixed table and storages from the archive."""
 
-    def __init__(self, program: Any, archive: zipfile.ZipFile, prefix: str, path: Path) -> None:
+    def __init__(
+        self, program: Any, archive: zipfile.ZipFile | None, prefix: str, path: Path
+    ) -> None:
         super().__init__(program)
         self.archive, self.prefix, self.path = archive, prefix, path
         self.storages: dict[str, Tensor] = {}
@@ -96,7 +117,8 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         """Return a storage as a flat tensor."""
         kind, dtype, key, _, _ = pid
-        if kind != "storage" or not isinstance(dtype, _StorageType) or not isinstance(key, str):
+        is_storage = kind == "storage" and isinstance(dtype, _StorageType) and isinstance(key, str)
+        if not is_storage or self.archive is None:
             self._refuse(f"storage {kind!r}")
         if key not in self.storages:
             content = bytearray(self.archive.read(f"{self.prefix}data/{key}"))
@@ -111,6 +133,9 @@ class _Reader(pickle.Unpickler):
         raise SecurityError(
             f"checkpoint {self.path}: it uses {what}, which no checkpoint needs; nothing of it "
             "was run. Ask whoever gave it to you for weights as safetensors."
+            if self.archive is not None
+            else f"{self.path}: it uses {what}, which no properties of a case need; nothing of it "
+            "was run. Preprocess the case again."
         )
 
 
@@ -143,6 +168,7 @@ def _allowed() -> Mapping[tuple[str, str], Any]:
     for core in ("numpy.core", "numpy._core"):
         table[f"{core}.multiarray", "scalar"] = _private(_numpy_scalar)
         table[f"{core}.multiarray", "_reconstruct"] = _private(_numpy_array)
+        table[f"{core}.numeric", "_frombuffer"] = _private(_numpy_from_buffer)
     return table
 
 
@@ -177,6 +203,14 @@ def _numpy_scalar(dtype: np.dtype[Any], content: bytes = b"") -> Any:
 def _numpy_array(*_: Any) -> np.ndarray[Any, Any]:
     # Shape, type and values follow in the pickle's BUILD instruction, which numpy checks.
     return np.empty(0, dtype=np.uint8)
+
+
+def _numpy_from_buffer(
+    content: Any, dtype: np.dtype[Any], shape: tuple[int, ...], order: str
+) -> np.ndarray[Any, Any]:
+    # What protocol 5 writes in place of _reconstruct.
+    flat = np.frombuffer(content, dtype=_plain_dtype(dtype.str))
+    return flat.reshape(shape, order="F" if order == "F" else "C")
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:

@@ -1,53 +1,45 @@
 """plan(): verify a raw dataset, fingerprint it, decide, and preprocess."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medmamba.dataset import (
     Dataset,
     VerificationReport,
     make_splits,
     open_dataset,
+    read_splits,
     verify,
     write_splits,
 )
 from medmamba.dataset.splits import FOLDS
 from medmamba.errors import DatasetError
-from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
-from medmamba.pipeline.work import Work, check_network_name, choose_configuration
+from medmamba.files import require_writable_folder, to_json, write_atomic
+from medmamba.interop.nnunet_data import is_nnunet_preprocessed
+from medmamba.interop.nnunet_export import export_to_nnunet
+from medmamba.pipeline.plan_request import (
+    PlanOutcome,
+    PlanRequest,
+    Progress,
+    Step,
+    decide,
+    stage,
+    wanted_configurations,
+)
+from medmamba.pipeline.planning_nnunet import find_dataset, plan_preprocessed
+from medmamba.pipeline.work import Work, check_network_name
 from medmamba.plans.budget import Budget
-from medmamba.plans.fingerprint import compute_fingerprint
-from medmamba.plans.nnunet_schema import save_plan
+from medmamba.plans.fingerprint import (
+    Fingerprint,
+    Sampling,
+    compute_fingerprint,
+    fingerprint_to_nnunet,
+)
 from medmamba.plans.plan import Plan
-from medmamba.plans.planner import make_plan
 from medmamba.plans.preprocess import preprocess_dataset
-from medmamba.plans.presets import load_preset
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOutcome:
-    """What plan() decided and where it put things."""
-
-    plan: Plan
-    plan_path: Path
-    stores: tuple[Path, ...]
-    report: VerificationReport
-
-    def summary(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return {
-            "dataset": self.plan.dataset_name,
-            "network": self.plan.network,
-            "plan": str(self.plan_path),
-            "preprocessed": [str(store) for store in self.stores],
-            "reasons": [to_plain(reason) for reason in self.plan.reasons],
-            "problems": [to_plain(problem) for problem in self.report.problems],
-        }
+from medmamba.preprocessing.store import CaseStore
 
 
 def plan(
@@ -59,22 +51,36 @@ def plan(
     device: Literal["cuda", "cpu"] = "cuda",
     configurations: tuple[str, ...] = (),
     spacing_mm: tuple[float, ...] | None = None,
+    planner: str | None = None,
+    plans_name: str | None = None,
+    sampling: Sampling = "exact",
     preprocess: bool = True,
+    until: Step = "preprocess",
+    nnunet_folder: Path | str | None = None,
+    resample_on: str | None = None,
     workers: int | None = None,
     on_verified: Callable[[VerificationReport], None] | None = None,
     on_progress: Progress | None = None,
 ) -> PlanOutcome:
-    """Verify, fingerprint, plan and preprocess a raw dataset into a work folder.
+    """Verify, fingerprint, plan and preprocess a dataset into a work folder.
 
     Args:
-        dataset: nnU-Net v2 raw folder or Medical Segmentation Decathlon task folder.
+        dataset: nnU-Net v2 raw folder, Medical Segmentation Decathlon task folder, or a folder
+            that nnU-Net has preprocessed; a dataset's name or number where ``nnUNet_raw`` is set.
         output: the work folder; made if needed, continued if interrupted.
         network: key of the shipped presets.
         memory_gb: memory of the target device; the preset's reference when None.
         device: ``cpu`` bounds the patch of Mamba networks by time as well.
-        configurations: what to preprocess; the preferred one when empty.
+        configurations: what to preprocess, in one pass; the preferred one when empty.
         spacing_mm: target spacing (z, y, x) instead of the dataset's median.
+        planner: nnU-Net planner whose rules apply instead of the preset's.
+        plans_name: name of the plan in nnU-Net's folders; the planner's own when None.
+        sampling: ``compatible`` draws nnU-Net's random samples for intensity statistics.
         preprocess: False stops after the plan is written.
+        until: last step: ``verify``, ``fingerprint``, ``plan`` or ``preprocess``.
+        nnunet_folder: nnU-Net's folder of preprocessed datasets, to be filled as well, so that
+            nnU-Net can train from the plan.
+        resample_on: PyTorch device that resamples, with the same numbers; NumPy when None.
         workers: cases worked on at once; one a core, at most 8, when None.
         on_verified: called with the verification report before anything is decided.
         on_progress: called with (stage, done, total).
@@ -86,83 +92,104 @@ def plan(
         EnvironmentFault: the work folder cannot be written.
     """
     check_network_name(network)
-    raw = open_dataset(Path(dataset))
+    request = PlanRequest(
+        network=network,
+        budget=Budget(memory_gb=memory_gb, spacing_mm=spacing_mm, device=device, planner=planner),
+        plans_name=plans_name,
+        configurations=configurations,
+        sampling=sampling,
+        until=until if preprocess or until != "preprocess" else "plan",
+        workers=workers,
+        device=resample_on,
+    )
+    folder = find_dataset(dataset)
+    if is_nnunet_preprocessed(folder):
+        return plan_preprocessed(folder, Path(output), request, on_progress=on_progress)
+    raw = open_dataset(folder)
     work = Work(require_writable_folder(Path(output)))
-    report = verify(raw, workers=workers, progress=_stage(on_progress, "verify"))
+    report = verify(raw, workers=workers, progress=stage(on_progress, "verify"))
     write_atomic(work.verification, to_json(report))
     if on_verified is not None:
         on_verified(report)
     if report.fatal:
         raise DatasetError(_first_fatal(report, work.verification))
-    budget = Budget(memory_gb=memory_gb, spacing_mm=spacing_mm, device=device)
-    decided = _decide(raw, work, network, budget, workers=workers, on_progress=on_progress)
-    stores: tuple[Path, ...] = ()
-    if preprocess:
-        wanted = configurations or (choose_configuration(decided, None),)
-        stores = tuple(
-            _preprocess(
-                raw, work, decided, choose_configuration(decided, name), workers, on_progress
-            )
-            for name in wanted
-        )
-    return PlanOutcome(plan=decided, plan_path=work.plan(network), stores=stores, report=report)
+    outcome = PlanOutcome(report=report)
+    if request.until == "verify":
+        return outcome
+    fingerprint = _fingerprint(raw, work, request, on_progress)
+    if request.until == "fingerprint":
+        return outcome
+    decided = decide(fingerprint, raw.description, work, request)
+    _write_splits(raw, work)
+    outcome = replace(outcome, plan=decided, plan_path=work.plan(network))
+    if request.until == "plan":
+        return outcome
+    stores = _preprocess(raw, work, decided, request, on_progress)
+    outcome = replace(outcome, stores=tuple(stores.values()))
+    if nnunet_folder is None:
+        return outcome
+    exported = export_to_nnunet(
+        raw,
+        decided,
+        fingerprint,
+        {name: CaseStore(store) for name, store in stores.items()},
+        Path(nnunet_folder),
+        splits=read_splits(work.splits) if work.splits.is_file() else (),
+        progress=stage(on_progress, "write for nnU-Net"),
+    )
+    return replace(outcome, nnunet_folder=exported)
 
 
-def _decide(
-    raw: Dataset,
-    work: Work,
-    network: str,
-    budget: Budget,
-    *,
-    workers: int | None,
-    on_progress: Progress | None,
-) -> Plan:
+def _fingerprint(
+    raw: Dataset, work: Work, request: PlanRequest, on_progress: Progress | None
+) -> Fingerprint:
     fingerprint = compute_fingerprint(
         raw,
-        workers=workers,
+        workers=request.workers,
         folder=work.folder / "fingerprint",
-        progress=_stage(on_progress, "fingerprint"),
+        progress=stage(on_progress, "fingerprint"),
+        sampling=request.sampling,
     )
     write_atomic(work.fingerprint, to_json(fingerprint))
+    write_atomic(work.nnunet_fingerprint, to_json(fingerprint_to_nnunet(fingerprint)))
     write_atomic(work.dataset_json, to_json(raw.description))
-    decided = make_plan(fingerprint, raw.description, load_preset(network), budget)
-    _write_splits(raw, work)
-    save_plan(work.plan(network), decided)
-    return decided
+    return fingerprint
 
 
 def _write_splits(raw: Dataset, work: Work) -> None:
-    """Folds of the raw folder where it brings some, else nnU-Net's five where cases suffice."""
-    if raw.splits:
-        write_splits(work.splits, raw.splits)
-    elif len(raw.training_cases) >= FOLDS:
-        write_splits(work.splits, make_splits([case.id for case in raw.training_cases]))
+    """Folds of the raw folder where it brings some, else nnU-Net's five where cases suffice.
+
+    Raises:
+        DatasetError: the work folder holds other folds than the raw folder brings.
+    """
+    if not raw.splits:
+        if len(raw.training_cases) >= FOLDS:
+            write_splits(work.splits, make_splits([case.id for case in raw.training_cases]))
+        return
+    if work.splits.is_file() and read_splits(work.splits) != raw.splits and work.has_runs:
+        raise DatasetError(
+            f"{work.splits}: networks were trained by these folds, but the dataset brings others. "
+            "Plan into another work folder.",
+            code="E_SPLIT_CONFLICT",
+        )
+    write_splits(work.splits, raw.splits)
 
 
 def _preprocess(
-    raw: Dataset,
-    work: Work,
-    decided: Plan,
-    configuration: str,
-    workers: int | None,
-    on_progress: Progress | None,
-) -> Path:
-    store = work.store(configuration, decided.configurations[configuration])
+    raw: Dataset, work: Work, decided: Plan, request: PlanRequest, on_progress: Progress | None
+) -> dict[str, Path]:
+    """Preprocess every wanted configuration in one pass over the raw files."""
+    names = wanted_configurations(decided, request)
+    stores = {name: work.store(name, decided.configurations[name]) for name in names}
     preprocess_dataset(
         raw,
         decided,
-        configuration,
-        store,
-        workers=workers,
-        progress=_stage(on_progress, f"preprocess {configuration}"),
+        stores,
+        workers=request.workers,
+        device=request.device,
+        progress=stage(on_progress, f"preprocess {', '.join(names)}"),
     )
-    return store
-
-
-def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(name, done, total)
+    return stores
 
 
 def _first_fatal(report: VerificationReport, path: Path) -> str:

@@ -3,7 +3,7 @@
 ::
 
     work/
-      dataset.json  verification.json  fingerprint.json  splits.json
+      dataset.json  verification.json  fingerprint.json  dataset_fingerprint.json  splits.json
       plans/<network>.json
       preprocessed/<configuration>-<key>/<case>...
       runs/<network>/<configuration>/fold_<n>/   checkpoints, log.jsonl, curves.png, model/
@@ -43,6 +43,16 @@ class Work:
     def fingerprint(self) -> Path:
         """What the data are."""
         return self.folder / "fingerprint.json"
+
+    @property
+    def nnunet_fingerprint(self) -> Path:
+        """The same in nnU-Net's form."""
+        return self.folder / "dataset_fingerprint.json"
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether anything was trained here."""
+        return any((self.folder / "runs").glob("*/*/*"))
 
     @property
     def splits(self) -> Path:

@@ -19,6 +19,7 @@ class Budget:
         memory_gb: memory of the device to train on; the planner's reference when None.
         spacing_mm: target spacing (z, y, x) of the raw images instead of the dataset's median.
         device: ``cpu`` bounds the patch by time too, since there memory is not what is scarce.
+        planner: nnU-Net planner whose rules apply instead of the preset's.
     """
 
     __pydantic_config__ = RECORD_CONFIG
@@ -26,6 +27,7 @@ class Budget:
     memory_gb: float | None = None
     spacing_mm: tuple[float, ...] | None = None
     device: Literal["cuda", "cpu"] = "cuda"
+    planner: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

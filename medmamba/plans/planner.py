@@ -374,11 +374,14 @@ def _size_reasons(
 
 
 def _planner_name(preset: Preset, budget: Budget) -> str:
-    if preset.planner not in NNUNET_PLANNERS:
+    chosen = budget.planner or preset.planner
+    if chosen not in NNUNET_PLANNERS:
         raise PlanError(
-            f"preset {preset.name}: planner '{preset.planner}' does not exist. "
+            f"preset {preset.name}: planner '{chosen}' does not exist. "
             f"Choose one of {', '.join(NNUNET_PLANNERS)}."
         )
+    if budget.planner is not None:
+        return budget.planner
     # Each residual planner is one architecture at three sizes; memory says which one.
     sizes = {name for _, name in RESIDUAL_SIZES}
     if preset.planner in sizes and budget.memory_gb is not None:
@@ -393,8 +396,10 @@ def _plans_name(task: _Task) -> str:
 
 
 def _identifier(task: _Task, plans_name: str, configuration: str) -> str:
-    # Preprocessed data do not depend on the network at full resolution, and are shared.
-    is_shared = task.model.residual or task.rules is not None
+    # Preprocessed data do not depend on the network at full resolution, and are shared; nnU-Net's
+    # own planners share them even where the user asked for another spacing.
+    is_ours = task.rules is not None and task.budget.spacing_mm is None
+    is_shared = is_ours or (task.rules is None and task.model.residual)
     if is_shared and configuration in ("2d", "3d_fullres"):
         return f"nnUNetPlans_{configuration}"
     return f"{plans_name}_{configuration}"
@@ -404,7 +409,7 @@ def _rules(preset: Preset, budget: Budget, rules: NetworkRules | None) -> Networ
     if preset.network in CONVOLUTIONAL:
         if CONVOLUTIONAL[preset.network] != NNUNET_PLANNERS[_planner_name(preset, budget)].residual:
             raise PlanError(
-                f"preset {preset.name}: planner '{preset.planner}' does not plan "
+                f"preset {preset.name}: planner '{budget.planner or preset.planner}' does not plan "
                 f"'{preset.network}'. Choose the planner of the same kind of encoder."
             )
         return None

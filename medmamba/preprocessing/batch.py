@@ -7,6 +7,7 @@ interpreter lock; there are no worker processes that could die unnoticed.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from typing import TypeVar
@@ -17,7 +18,7 @@ from medmamba.files import hash_file, hash_values
 from medmamba.io import read_geometry
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.memory_gate import free_memory_gate
-from medmamba.preprocessing.pipeline import preprocess_case
+from medmamba.preprocessing.pipeline import PreparedCase, prepare_case, resample_case
 from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.preprocessing.store import CaseStore
 from medmamba.volume import Grid
@@ -36,41 +37,51 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One working grid that cases are brought to, and where they are kept."""
+
+    store: CaseStore
+    grid: Grid
+    recipe: PreprocessingRecipe
+
+
 def preprocess_cases(
     dataset: Dataset,
-    store: CaseStore,
+    targets: Sequence[Target],
     *,
-    grid: Grid,
-    recipe: PreprocessingRecipe,
     workers: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Preprocess every training case that the store does not hold yet.
+    """Preprocess every training case that its stores do not hold yet, reading each case once.
 
     Args:
         dataset: the raw dataset.
-        store: where cases go; those made from the same files, grid and recipe are left alone.
-        grid: working spacing, and the patch that chunks are fitted to.
-        recipe: everything else.
+        targets: working grids, such as those of 2D and 3D; a stored case that was made from the
+            same files, spacing and recipe is left alone.
         workers: cases worked on at once; one a core, at most 8, when None.
+        device: PyTorch device that resamples, with the same numbers; NumPy on the CPU when None.
         progress: called with (cases done, cases in all).
 
     Returns:
-        How many cases were made anew.
+        How many arrays were made anew, over all targets.
 
     Raises:
         DatasetError: cases that could not be preprocessed, all of them; the others are stored.
     """
-    gate, channels = free_memory_gate(), len(recipe.channels)
+    gate = free_memory_gate()
+    channels = max(len(target.recipe.channels) for target in targets)
 
-    def work(case: Case) -> tuple[bool, str | None]:
+    def work(case: Case) -> tuple[int, str | None]:
         try:
             with gate.hold(case_bytes(case, channels, BYTES_PER_VOXEL)):
-                return _preprocess_one(case, store, grid, recipe, dataset.label_map), None
+                return _preprocess_one(case, targets, dataset.label_map, device), None
         except MedMambaError as problem:
-            return False, f"case {case.id}: {problem.message}"
+            return 0, _named(case.id, problem.message)
 
-    store.remove_leftovers()
+    for target in targets:
+        target.store.remove_leftovers()
     cases = dataset.training_cases
     made, problems = 0, []
     with ThreadPoolExecutor(worker_count(workers)) as pool:
@@ -81,15 +92,24 @@ def preprocess_cases(
             if progress is not None:
                 progress(done, len(cases))
     if problems:
-        more = f" ({len(problems)} cases failed in all)" if len(problems) > 1 else ""
-        raise DatasetError(problems[0] + more, code="E_DATASET_PREPROCESS")
+        raise DatasetError(
+            f"{dataset.name}: {len(problems)} of {len(cases)} cases could not be preprocessed; "
+            "the others are stored.\n  " + "\n  ".join(problems),
+            code="E_DATASET_PREPROCESS",
+        )
     return made
 
 
 def case_key(case: Case, grid: Grid, recipe: PreprocessingRecipe, label_map: LabelMap) -> str:
     """Hash everything a preprocessed case is made from; the patch size is not part of it."""
-    files = [*case.images, *([case.labels] if case.labels else [])]
-    hashes = [hash_file(path) for path in files]
+    return _key(_file_hashes(case), grid, recipe, label_map)
+
+
+def _file_hashes(case: Case) -> list[str]:
+    return [hash_file(path) for path in (*case.images, *([case.labels] if case.labels else []))]
+
+
+def _key(hashes: list[str], grid: Grid, recipe: PreprocessingRecipe, label_map: LabelMap) -> str:
     made_from = [PREPROCESSING_FORMAT, hashes, list(grid.spacing_mm), recipe, label_map]
     return hash_values(made_from)
 
@@ -120,16 +140,31 @@ def map_bounded(
 
 
 def _preprocess_one(
-    case: Case,
-    store: CaseStore,
-    grid: Grid,
-    recipe: PreprocessingRecipe,
-    label_map: LabelMap,
-) -> bool:
-    key = case_key(case, grid, recipe, label_map)
-    if store.has(case.id, key):
-        return False
+    case: Case, targets: Sequence[Target], label_map: LabelMap, device: str | None
+) -> int:
+    hashes = _file_hashes(case)
+    keys = [_key(hashes, target.grid, target.recipe, label_map) for target in targets]
+    missing = [
+        (target, key)
+        for target, key in zip(targets, keys, strict=True)
+        if not target.store.has(case.id, key)
+    ]
+    if not missing:
+        return 0
     image, labels, _ = load_case(case)
-    made = preprocess_case(image, labels, grid=grid, recipe=recipe, label_map=label_map)
-    store.write(case.id, made, key=key, patch_size=grid.patch_size)
-    return True
+    prepared: dict[str, PreparedCase] = {}
+    for target, key in missing:
+        recipe = target.recipe
+        # All configurations of a plan turn, crop and normalise alike.
+        likeness = hash_values([list(recipe.transpose_forward), list(recipe.channels)])
+        if likeness not in prepared:
+            prepared[likeness] = prepare_case(image, labels, recipe=recipe)
+        made = resample_case(
+            prepared[likeness], grid=target.grid, recipe=recipe, label_map=label_map, device=device
+        )
+        target.store.write(case.id, made, key=key, patch_size=target.grid.patch_size)
+    return len(missing)
+
+
+def _named(case_id: str, message: str) -> str:
+    return message if message.startswith(f"case {case_id}") else f"case {case_id}: {message}"

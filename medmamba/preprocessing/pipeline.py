@@ -24,7 +24,7 @@ from medmamba.preprocessing.resample import (
     resampled_shape,
     separate_axis,
 )
-from medmamba.volume import Geometry, Grid, Volume
+from medmamba.volume import Box, Geometry, Grid, Volume
 
 T = TypeVar("T")
 Shape3 = tuple[int, int, int]
@@ -102,13 +102,49 @@ def preprocess_case(
             working spacing.
         InputError: the channels do not fit the recipe.
     """
+    prepared = prepare_case(image, labels, recipe=recipe)
+    return resample_case(prepared, grid=grid, recipe=recipe, label_map=label_map, device=device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedCase:
+    """A case cropped and normalised, at its own spacing, in working axis order.
+
+    Args:
+        data: (C, d, h, w); never changed by what is made from it.
+        labels: (d, h, w), -1 outside the non-zero region.
+        has_labels: whether ``labels`` hold more than that region.
+        geometry: the grid of the raw image.
+        box: the non-zero region in it, in working order.
+    """
+
+    data: NDArray[np.float32]
+    labels: NDArray[np.int16]
+    has_labels: bool
+    geometry: Geometry
+    box: Box
+
+
+def prepare_case(
+    image: Volume, labels: Volume | None, *, recipe: PreprocessingRecipe
+) -> PreparedCase:
+    """Turn, crop and normalise a case: what does not depend on the working spacing.
+
+    Args:
+        image: (C, D, H, W); not changed.
+        labels: (1, D, H, W) on the same grid, or None when predicting.
+        recipe: its axis order and channels are used.
+
+    Raises:
+        GeometryError: image and labels differ in shape.
+        InputError: the channels do not fit the recipe.
+    """
     if labels is not None and labels.geometry.shape != image.geometry.shape:
         raise GeometryError(
             f"labels: shape {labels.geometry.shape}, but the image has {image.geometry.shape}. "
             "Resample the label map or remove the case."
         )
-    axes = recipe.transpose_forward
-    order = (0, *(axis + 1 for axis in axes))
+    order = (0, *(axis + 1 for axis in recipe.transpose_forward))
     raw = image.array.astype(np.float32, copy=False).transpose(order)
     box, mask = nonzero_region(raw)
     inside = box_slices(box)
@@ -116,14 +152,44 @@ def preprocess_case(
     data = np.array(raw[(slice(None), *inside)], order="C")
     segmentation = _labels_in_box(labels, order, inside, mask)
     normalize(data, segmentation >= 0, recipe.channels)
-    record = _record(image.geometry, axes, box, grid, resampled=recipe.data.method != "none")
+    return PreparedCase(
+        data=data,
+        labels=segmentation,
+        has_labels=labels is not None,
+        geometry=image.geometry,
+        box=box,
+    )
+
+
+def resample_case(
+    case: PreparedCase,
+    *,
+    grid: Grid,
+    recipe: PreprocessingRecipe,
+    label_map: LabelMap,
+    device: str | None = None,
+) -> PreprocessedCase:
+    """Bring a prepared case to a working grid.
+
+    Args:
+        case: prepared by the same axis order and channels.
+        grid: the working spacing; a 2D grid leaves the first working axis as it is.
+        recipe: how arrays are resampled.
+        label_map: classes whose voxels are listed.
+        device: PyTorch device that resamples, with the same numbers; NumPy when None.
+
+    Raises:
+        GeometryError: the case would vanish at the working spacing.
+    """
+    axes, resampled = recipe.transpose_forward, recipe.data.method != "none"
+    record = _record(case.geometry, axes, case.box, grid, resampled=resampled)
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.data.separate_z)
-    data = resample_image(data, record.working_shape, recipe.data, axis, device=device)
-    if labels is None:
+    data = resample_image(case.data, record.working_shape, recipe.data, axis, device=device)
+    if not case.has_labels:
         return PreprocessedCase(data=data, labels=None, record=record, class_locations={})
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.labels.separate_z)
     segmentation = resample_labels(
-        segmentation, record.working_shape, recipe.labels, axis, device=device
+        case.labels, record.working_shape, recipe.labels, axis, device=device
     )
     return PreprocessedCase(
         data=data,

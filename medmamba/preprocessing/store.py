@@ -8,6 +8,8 @@ makes the case exist. Chunking follows nnU-Net's, so its own loader reads the ar
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import blosc2  # noqa: TID251
 import numpy as np
@@ -36,7 +38,8 @@ CHUNK_PER_PATCH = 1.5
 """Chunks may exceed the patch by this factor per axis (nnU-Net's storage rule)."""
 
 COMPRESSION_LEVEL = 5
-SIDECAR_FORMAT = 1
+CHECKSUM_BLOCK_BYTES = 1 << 20
+SIDECAR_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Sidecar:
     Args:
         key: hash of everything the arrays were made from.
         locations: per class, its label values and how many rows it has, in row order.
+        files: name of each array's file -> its size in bytes and its CRC-32.
     """
 
     __pydantic_config__ = RECORD_CONFIG
@@ -55,6 +59,7 @@ class Sidecar:
     record: UndoRecord
     has_labels: bool
     locations: tuple[tuple[tuple[int, ...], int], ...]
+    files: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,18 +115,23 @@ class CaseStore:
             record=case.record,
             has_labels=case.labels is not None,
             locations=tuple((name, len(found)) for name, found in case.class_locations.items()),
+            files={path.name: _checksum(path) for path in self._array_paths(case_id, case)},
         )
         write_atomic(self._sidecar_path(case_id), to_json(sidecar))
 
     def has(self, case_id: str, key: str) -> bool:
-        """Tell whether the case is stored and was made from what ``key`` stands for."""
+        """Tell whether the case is stored undamaged and was made from what ``key`` stands for."""
         path = self._sidecar_path(case_id)
         if not path.is_file():
             return False
         try:
-            return self._read_sidecar(case_id).key == key
+            sidecar = self._read_sidecar(case_id)
         except DatasetError:
             return False
+        return sidecar.key == key and all(
+            (self.folder / name).is_file() and _checksum(self.folder / name) == expected
+            for name, expected in sidecar.files.items()
+        )
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing; nobody else may be writing to the store."""
@@ -139,15 +149,17 @@ class CaseStore:
             DatasetError: the case is not in the store, or its files are damaged.
         """
         sidecar = self._read_sidecar(case_id)
-        rows = self._open_array(self._locations_path(case_id))[:]
+        for file, (size, _) in sidecar.files.items():
+            _require_size(self.folder / file, size)
+        rows = read_array(self._locations_path(case_id))
         locations: ClassLocations = {}
         start = 0
         for name, count in sidecar.locations:
             locations[name] = rows[start : start + count]
             start += count
         return StoredCase(
-            data=self._open_array(self._data_path(case_id)),
-            labels=self._open_array(self._labels_path(case_id)) if sidecar.has_labels else None,
+            data=_open_array(self._data_path(case_id)),
+            labels=_open_array(self._labels_path(case_id)) if sidecar.has_labels else None,
             class_locations=locations,
             record=sidecar.record,
         )
@@ -157,15 +169,9 @@ class CaseStore:
         content = read_json(self._sidecar_path(case_id), what=what, error=DatasetError)
         return from_plain(Sidecar, content, what=what, error=DatasetError)
 
-    def _open_array(self, path: Path) -> blosc2.NDArray:
-        try:
-            return blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
-        except (OSError, RuntimeError, ValueError) as problem:
-            raise DatasetError(
-                f"{path}: cannot be opened as a blosc2 array ({problem}). "
-                "Delete the folder of preprocessed cases and run medmamba plan again.",
-                code="E_STORE_DAMAGED",
-            ) from problem
+    def _array_paths(self, case_id: str, case: PreprocessedCase) -> list[Path]:
+        paths = [self._data_path(case_id), self._locations_path(case_id)]
+        return paths if case.labels is None else [*paths, self._labels_path(case_id)]
 
     def _data_path(self, case_id: str) -> Path:
         return self.folder / f"{case_id}.b2nd"
@@ -178,6 +184,61 @@ class CaseStore:
 
     def _sidecar_path(self, case_id: str) -> Path:
         return self.folder / f"{case_id}.json"
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a whole array, of this store or of nnU-Net's folders.
+
+    Raises:
+        DatasetError: the file is missing or damaged.
+    """
+    array = _open_array(path)
+    try:
+        return np.asarray(array[:])
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise _damaged(path, problem) from problem
+
+
+def array_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of a stored array.
+
+    Raises:
+        DatasetError: the file is missing or damaged.
+    """
+    return tuple(int(size) for size in _open_array(path).shape)
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    found = size = 0
+    with path.open("rb") as handle:
+        while block := handle.read(CHECKSUM_BLOCK_BYTES):
+            found, size = crc32(block, found), size + len(block)
+    return size, found
+
+
+def _require_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        raise DatasetError(
+            f"{path}: {'is missing' if found is None else f'has {found} bytes'}, {size} were "
+            "written. Run medmamba plan again; it makes damaged cases anew.",
+            code="E_STORE_DAMAGED",
+        )
+
+
+def _open_array(path: Path) -> blosc2.NDArray:
+    try:
+        return blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise _damaged(path, problem) from problem
+
+
+def _damaged(path: Path, problem: Exception) -> DatasetError:
+    return DatasetError(
+        f"{path}: cannot be opened as a blosc2 array ({problem}). "
+        "Delete the folder of preprocessed cases and make them again.",
+        code="E_STORE_DAMAGED",
+    )
 
 
 def chunk_shapes(

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,29 @@ def plan_with_nnunet(
     for old in dataset.glob("nnUNet*Plans.json"):
         # nnU-Net keeps configurations of an older file.
         old.unlink()
-    with contextlib.redirect_stdout(io.StringIO()):
-        running = _nnunet_planner(planner, folder)(500)
+    with nnunet_folders(folder), contextlib.redirect_stdout(io.StringIO()):
+        running = _nnunet_planner(planner)(500)
         running.plan_experiment()
     content: dict[str, Any] = json.loads((dataset / f"{running.plans_identifier}.json").read_text())
     return content
 
 
-def _nnunet_planner(name: str, folder: Path) -> type[Any]:
-    os.environ.setdefault("nnUNet_raw", str(folder / "raw"))
-    os.environ.setdefault("nnUNet_preprocessed", str(folder / "preprocessed"))
-    os.environ.setdefault("nnUNet_results", str(folder / "results"))
+@contextlib.contextmanager
+def nnunet_folders(folder: Path) -> Iterator[None]:
+    """Point nnU-Net at ``folder`` for the block."""
+    names = ("raw", "preprocessed", "results")
+    before = {f"nnUNet_{name}": os.environ.get(f"nnUNet_{name}") for name in names}
+    os.environ.update({f"nnUNet_{name}": str(folder / name) for name in names})
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            os.environ.pop(variable)
+            if value is not None:
+                os.environ[variable] = value
+
+
+def _nnunet_planner(name: str) -> type[Any]:
     import torch
     from nnunetv2.experiment_planning.experiment_planners import (  # noqa: TID251
         default_experiment_planner,

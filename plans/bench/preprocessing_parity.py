@@ -9,9 +9,7 @@ and 3D, and logits in fp32 and fp16. Exit code 1 if any case differs.
 
 import argparse
 import copy
-import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,9 +241,6 @@ class _Nnunet:
     """What nnU-Net makes of a case."""
 
     def __init__(self, case: Draw) -> None:
-        folder = tempfile.gettempdir()
-        for name in ("raw", "preprocessed", "results"):
-            os.environ.setdefault(f"nnUNet_{name}", folder)
         from nnunetv2.preprocessing.preprocessors.default_preprocessor import (  # noqa: TID251
             DefaultPreprocessor,
         )

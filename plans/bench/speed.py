@@ -41,7 +41,7 @@ else:
     found = from_plain(Fingerprint, content, what="fingerprint", error=PlanError)
     plan = make_plan(found, dataset.description, load_preset("plain_unet"), Budget())
     name = "3d_fullres" if "3d_fullres" in plan.configurations else "2d"
-    preprocess_dataset(dataset, plan, name, work / name, workers=workers)
+    preprocess_dataset(dataset, plan, {name: work / name}, workers=workers)
 """
 
 NNUNET = """

@@ -39,7 +39,7 @@ def test_a_dataset_is_planned_and_preprocessed_in_each_configuration(tmp_path: P
     assert set(plan.configurations) == {"2d", "3d_fullres"}
     for name, configuration in plan.configurations.items():
         folder = tmp_path / name
-        assert preprocess_dataset(dataset, plan, name, folder) == 3
+        assert preprocess_dataset(dataset, plan, {name: folder}) == 3
         case = CaseStore(folder).open("c1")
         assert case.shape == case.data.shape[1:] == (10, 32, 30)
         assert len(case.class_locations[(1,)]) > 0
