@@ -24,6 +24,10 @@ from medmamba.volume import Geometry, Volume
 if TYPE_CHECKING:
     from torch import nn
 
+    from medmamba.inference.predictor import Predictor
+
+    Stage = tuple[Sequence[nn.Module], ConfigurationPlan]
+
 PATTERN_VERSION = 1
 """Raised when the synthetic image changes; cases of another version cannot be repeated."""
 
@@ -90,10 +94,19 @@ def make_reference_case(
     configuration: ConfigurationPlan,
     label_map: LabelMap,
     intensities: Sequence[ChannelStatistics] = (),
+    previous: "Stage | None" = None,
 ) -> ReferenceCase:
-    """Predict the synthetic image on the CPU in float32, and describe the result."""
+    """Predict the synthetic image on the CPU in float32, and describe the result.
+
+    Args:
+        networks: of all folds.
+        configuration: they belong to.
+        label_map: of the plan.
+        intensities: of the dataset.
+        previous: networks and configuration of a cascade's first stage.
+    """
     image = synthetic_image(configuration, intensities)
-    labels, logits = _predict(networks, configuration, label_map, image)
+    labels, logits = _predict(networks, configuration, label_map, image, previous)
     stored = np.ascontiguousarray(labels, dtype="<u2").tobytes()
     return ReferenceCase(
         shape=image.geometry.shape,
@@ -110,6 +123,7 @@ def repeat_reference_case(
     configuration: ConfigurationPlan,
     label_map: LabelMap,
     intensities: Sequence[ChannelStatistics] = (),
+    previous: "Stage | None" = None,
 ) -> Acceptance:
     """Predict the synthetic image again, here, and compare.
 
@@ -121,7 +135,7 @@ def repeat_reference_case(
             f"reference case: key 'pattern_version' is {case.pattern_version}, this version of "
             f"medmamba makes {PATTERN_VERSION}. Use the version the model was made with."
         )
-    found = make_reference_case(networks, configuration, label_map, intensities)
+    found = make_reference_case(networks, configuration, label_map, intensities, previous)
     expected, labels = _stored_labels(case), _stored_labels(found)
     if expected.shape != labels.shape:
         raise BundleError(
@@ -180,19 +194,30 @@ def _predict(
     configuration: ConfigurationPlan,
     label_map: LabelMap,
     image: Volume,
+    previous: "Stage | None",
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    predictor = _predictor(networks, configuration, label_map, previous)
+    prepared = predictor.prepare(image)
+    logits = predictor.infer(prepared).logits
+    return predictor.restore(logits, prepared.record), logits.numpy().astype(np.float64)
+
+
+def _predictor(
+    networks: "Sequence[nn.Module]",
+    configuration: ConfigurationPlan,
+    label_map: LabelMap,
+    previous: "Stage | None",
+) -> "Predictor":
     from medmamba.inference.predictor import PredictionSettings, Predictor
 
-    predictor = Predictor(
+    return Predictor(
         networks,
         grid=configuration.grid,
         preprocessing=configuration.preprocessing,
         label_map=label_map,
         settings=PredictionSettings(features=configuration.network.features[0]),
+        previous=None if previous is None else _predictor(*previous, label_map, None),
     )
-    prepared = predictor.prepare(image)
-    logits = predictor.infer(prepared).logits
-    return predictor.restore(logits, prepared.record), logits.numpy().astype(np.float64)
 
 
 def _stored_labels(case: ReferenceCase) -> NDArray[np.uint16]:

@@ -20,7 +20,13 @@ from medmamba.bundling.manifest import (
     find_bundle,
     read_manifest,
 )
-from medmamba.bundling.reading import Bundle, load_bundle, load_networks, verify_bundle
+from medmamba.bundling.reading import (
+    Bundle,
+    load_bundle,
+    load_networks,
+    load_previous_networks,
+    verify_bundle,
+)
 from medmamba.bundling.writing import save_bundle, save_ensemble
 
 __all__ = [
@@ -33,6 +39,7 @@ __all__ = [
     "find_bundle",
     "load_bundle",
     "load_networks",
+    "load_previous_networks",
     "read_manifest",
     "save_bundle",
     "save_ensemble",

@@ -12,6 +12,9 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"
 WEIGHTS_FOLDER = "weights"
+PREVIOUS_PREFIX = "previous_"
+"""Of the names of weights of a cascade's first stage."""
+
 MEMBERS_FOLDER = "members"
 SUMS_FILE = "SHA256SUMS"
 REFERENCE_FILE = "reference.json"
@@ -65,6 +68,7 @@ class Manifest:
         configuration: the branch of the plan that the weights belong to; joined likewise.
         channels: names of the image channels, in order.
         weights: one entry per fold; predictions are the mean of their logits. Empty in an ensemble.
+        previous_weights: of a cascade's first stage, one entry per fold.
         members: folders of the bundles of an ensemble; predictions are the mean of their
             probabilities.
         postprocessing: file that says which islands are removed; None when nothing is.
@@ -83,6 +87,7 @@ class Manifest:
     labels: tuple[LabelEntry, ...]
     channels: tuple[str, ...]
     weights: tuple[WeightsEntry, ...]
+    previous_weights: tuple[WeightsEntry, ...] = ()
     members: tuple[str, ...] = ()
     postprocessing: str | None = None
     mirror_axes: tuple[int, ...] = ()

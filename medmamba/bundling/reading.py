@@ -51,6 +51,12 @@ class Bundle:
         return first.plan.configurations[first.manifest.configuration]
 
     @property
+    def previous(self) -> ConfigurationPlan | None:
+        """The branch of a cascade's first stage."""
+        stage = self.configuration.previous_stage
+        return None if stage is None else self.models[0].plan.configurations[stage]
+
+    @property
     def folds(self) -> tuple[str, ...]:
         """Names of the folds, of all members."""
         names = [entry.fold for model in self.models for entry in model.manifest.weights]
@@ -86,15 +92,16 @@ def load_bundle(path: Path, *, folds: Sequence[int | str] | None = None) -> Bund
     if manifest.members:
         return _load_ensemble(folder, manifest, folds)
     manifest = _chosen_folds(manifest, folder, folds)
-    used = [MANIFEST_FILE, manifest.plan, *(entry.file for entry in manifest.weights)]
+    weights = (*manifest.weights, *manifest.previous_weights)
+    used = [MANIFEST_FILE, manifest.plan, *(entry.file for entry in weights)]
     used += [REFERENCE_FILE] if (folder / REFERENCE_FILE).exists() else []
     used += [manifest.postprocessing] if manifest.postprocessing is not None else []
     for name in used:
         _require_file(folder, name)
-    for entry in manifest.weights:
+    for entry in weights:
         _check_size(folder / entry.file, entry.size_bytes)
     _check_sums(folder, used)
-    for entry in manifest.weights:
+    for entry in weights:
         check_tensor_file(folder / entry.file)
     plan = load_plan(folder / manifest.plan)
     _check_agreement(folder, manifest, plan)
@@ -118,6 +125,21 @@ def load_networks(bundle: Bundle) -> "list[nn.Module]":
     ]
 
 
+def load_previous_networks(bundle: Bundle) -> "list[nn.Module]":
+    """Build the networks of a cascade's first stage; none where there is no cascade.
+
+    Raises:
+        BundleError: tensors are missing, unexpected, misshapen or not finite; names them.
+    """
+    from medmamba.networks.weights import load_weights
+
+    branch = bundle.previous
+    if branch is None:
+        return []
+    paths = [bundle.folder / entry.file for entry in bundle.manifest.previous_weights]
+    return [build_loaded(branch, load_weights(path), what=str(path)) for path in paths]
+
+
 def verify_bundle(bundle: Bundle) -> Acceptance:
     """Repeat the bundle's reference case here, on the CPU in float32; in an ensemble each member's.
 
@@ -135,9 +157,15 @@ def _verify_model(bundle: Bundle) -> Acceptance:
     content = read_json(path, what="reference case", error=BundleError)
     case = from_plain(ReferenceCase, content, what=str(path), error=BundleError)
     plan = bundle.plan
-    networks = load_networks(bundle)
+    branch = bundle.previous
+    previous = None if branch is None else (load_previous_networks(bundle), branch)
     return repeat_reference_case(
-        case, networks, bundle.configuration, plan.label_map, plan.intensities
+        case,
+        load_networks(bundle),
+        bundle.configuration,
+        plan.label_map,
+        plan.intensities,
+        previous,
     )
 
 
@@ -227,7 +255,8 @@ def _chosen_folds(manifest: Manifest, folder: Path, folds: Sequence[int | str] |
     if not chosen or len(chosen) != len(wanted):
         known = ", ".join(entry.fold for entry in manifest.weights)
         raise BundleError(f"{folder}: has folds {known}; asked for {', '.join(wanted)}.")
-    return replace(manifest, weights=chosen)
+    earlier = tuple(entry for entry in manifest.previous_weights if entry.fold in wanted)
+    return replace(manifest, weights=chosen, previous_weights=earlier)
 
 
 def _require_file(folder: Path, name: str) -> None:
@@ -278,7 +307,8 @@ def _check_agreement(folder: Path, manifest: Manifest, plan: Plan) -> None:
             f"{folder}: key 'configuration' is '{manifest.configuration}', the plan has "
             f"{', '.join(plan.configurations)}."
         )
-    spec = plan.configurations[manifest.configuration].network
+    branch = plan.configurations[manifest.configuration]
+    spec, is_cascade = branch.network, branch.previous_stage is not None
     pairs = (
         (
             "labels",
@@ -288,6 +318,11 @@ def _check_agreement(folder: Path, manifest: Manifest, plan: Plan) -> None:
         ("channels", manifest.channels, plan.channel_names),
         ("network", manifest.network, spec.name),
         ("labels (outputs)", plan.label_map.output_channels, spec.out_channels),
+        (
+            "previous_weights",
+            [entry.fold for entry in manifest.previous_weights],
+            [entry.fold for entry in manifest.weights] if is_cascade else [],
+        ),
     )
     for key, found, needed in pairs:
         if found != needed:

@@ -14,6 +14,7 @@ from medmamba.bundling.manifest import (
     MEMBERS_FOLDER,
     PLAN_FILE,
     POSTPROCESSING_FILE,
+    PREVIOUS_PREFIX,
     REFERENCE_FILE,
     SUMS_FILE,
     WEIGHTS_FOLDER,
@@ -38,6 +39,7 @@ def save_bundle(
     plan: Plan,
     configuration: str,
     weights: "Sequence[Mapping[str, Tensor]]",
+    previous_weights: "Sequence[Mapping[str, Tensor]]" = (),
     folds: Sequence[int | str] | None = None,
     name: str | None = None,
     precision: str = "fp32",
@@ -54,6 +56,7 @@ def save_bundle(
         plan: the whole plan; it travels with the weights.
         configuration: the branch of it that the weights belong to.
         weights: one state dict per fold.
+        previous_weights: of a cascade's first stage, likewise.
         folds: their names; 0, 1, ... when omitted.
         name: for people.
         precision: in which the scores were measured.
@@ -74,6 +77,12 @@ def save_bundle(
             f"'{configuration}' (the plan has {', '.join(plan.configurations)}). "
             "Give one set per fold, of a configuration in the plan."
         )
+    is_cascade = plan.configurations[configuration].previous_stage is not None
+    if len(previous_weights) != (len(weights) if is_cascade else 0):
+        raise BundleError(
+            f"bundle {folder}: {len(previous_weights)} sets of weights of the first stage for "
+            f"{len(weights)} of '{configuration}'. A cascade needs one for each, others none."
+        )
 
     def fill(scratch: Path) -> None:
         manifest = Manifest(
@@ -83,6 +92,9 @@ def save_bundle(
             labels=_label_entries(plan),
             channels=plan.channel_names,
             weights=_write_weights(scratch, names, weights),
+            previous_weights=_write_weights(
+                scratch, names if is_cascade else (), previous_weights, PREVIOUS_PREFIX
+            ),
             postprocessing=None if postprocessing is None else POSTPROCESSING_FILE,
             mirror_axes=plan.configurations[configuration].training.mirror_axes,
             precision=precision,
@@ -93,7 +105,7 @@ def save_bundle(
         save_plan(scratch / PLAN_FILE, plan)
         _write_description(scratch, manifest, postprocessing)
         if reference_case:
-            case = _make_reference(plan, configuration, weights)
+            case = _make_reference(plan, configuration, weights, previous_weights)
             write_atomic(scratch / REFERENCE_FILE, to_json(case))
 
     return _write_whole(folder, fill)
@@ -182,21 +194,32 @@ def _write_description(
 
 
 def _make_reference(
-    plan: Plan, configuration: str, weights: "Sequence[Mapping[str, Tensor]]"
+    plan: Plan,
+    configuration: str,
+    weights: "Sequence[Mapping[str, Tensor]]",
+    previous_weights: "Sequence[Mapping[str, Tensor]]",
 ) -> ReferenceCase:
     branch = plan.configurations[configuration]
     networks = [build_loaded(branch, state, what="weights") for state in weights]
-    return make_reference_case(networks, branch, plan.label_map, plan.intensities)
+    previous = None
+    if branch.previous_stage is not None:
+        first = plan.configurations[branch.previous_stage]
+        built = [build_loaded(first, state, what="weights") for state in previous_weights]
+        previous = (built, first)
+    return make_reference_case(networks, branch, plan.label_map, plan.intensities, previous)
 
 
 def _write_weights(
-    folder: Path, names: Sequence[str], weights: "Sequence[Mapping[str, Tensor]]"
+    folder: Path,
+    names: Sequence[str],
+    weights: "Sequence[Mapping[str, Tensor]]",
+    prefix: str = "",
 ) -> tuple[WeightsEntry, ...]:
     from medmamba.networks.weights import save_weights
 
     entries = []
     for fold, state in zip(names, weights, strict=True):
-        file = f"{WEIGHTS_FOLDER}/fold_{fold}.safetensors"
+        file = f"{WEIGHTS_FOLDER}/{prefix}fold_{fold}.safetensors"
         save_weights(folder / file, state)
         size = (folder / file).stat().st_size
         entries.append(WeightsEntry(fold=fold, file=file, size_bytes=size))

@@ -6,7 +6,7 @@ precision, flips. What it does when memory runs out is the ladder of ``_LADDER``
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from medmamba.errors import EnvironmentFault, MedMambaError
 from medmamba.inference.sliding_window import TileProgress, predict_logits, tile_batch_size
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
+from medmamba.preprocessing.previous import labels_on_working_grid, one_hot
 from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.preprocessing.restore import restore_labels
 from medmamba.volume import Grid, Volume
@@ -86,6 +87,7 @@ class Predictor:
         preprocessing: as in training.
         label_map: meaning of the networks' outputs.
         settings: device, precision, flips.
+        previous: the first stage of a cascade, whose labels become channels of this one.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Predictor:
         preprocessing: PreprocessingRecipe,
         label_map: LabelMap,
         settings: PredictionSettings,
+        previous: "Predictor | None" = None,
     ) -> None:
+        self._previous = previous
         self._networks = [network.to(settings.device).eval() for network in networks]
         self._grid = grid
         self._recipe = preprocessing
@@ -127,6 +131,7 @@ class Predictor:
             "patch_size": list(self._grid.patch_size),
             "spacing_mm": list(self._grid.spacing_mm),
             "networks": len(self._networks),
+            **({"previous_stage": self._previous.parameters()} if self._previous else {}),
         }
 
     def numerics(self) -> dict[str, Any]:
@@ -143,21 +148,35 @@ class Predictor:
 
     def prepare(self, image: Volume) -> PreprocessedCase:
         """Bring an image to the working grid."""
-        return preprocess_case(
+        prepared = preprocess_case(
             image, None, grid=self._grid, recipe=self._recipe, label_map=self.label_map
         )
+        if self._previous is None:
+            return prepared
+        return replace(prepared, coarse=self._previous.prepare(image))
 
     @torch.inference_mode()
     def infer(
         self, prepared: PreprocessedCase, *, on_tiles: TileProgress | None = None
     ) -> Inferred:
-        """Run the networks.
+        """Run the networks, those of a cascade's first stage before them.
 
         Raises:
             EnvironmentFault: the device has too little memory even for the smallest step.
             MedMambaError: logits are not finite, in float32 neither.
         """
-        image = torch.from_numpy(np.ascontiguousarray(prepared.data))
+        if self._previous is None:
+            return self._infer(prepared.data, on_tiles)
+        assert prepared.coarse is not None
+        first = self._previous.infer(prepared.coarse)
+        labels = self._previous.restore(first.logits, prepared.coarse.record)
+        coarse = labels_on_working_grid(labels, prepared.record, self._recipe)
+        channels = one_hot(coarse, self.label_map.foreground_values)
+        found = self._infer(np.concatenate([prepared.data, channels]), on_tiles)
+        return replace(found, fallbacks=(*first.fallbacks, *found.fallbacks))
+
+    def _infer(self, data: NDArray[np.float32], on_tiles: TileProgress | None) -> Inferred:
+        image = torch.from_numpy(np.ascontiguousarray(data))
         found = self._climb(image, self.settings.precision, on_tiles)
         if bool(torch.isfinite(found.logits).all()):
             return found

@@ -1,6 +1,6 @@
 """What planning is asked, what it answers, and the decision itself, whatever the data come from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +97,18 @@ def decide(
 def wanted_configurations(decided: Plan, request: PlanRequest) -> tuple[str, ...]:
     """Return the configurations to preprocess, each of which exists."""
     wanted = request.configurations or (choose_configuration(decided, None),)
-    return tuple(dict.fromkeys(choose_configuration(decided, name) for name in wanted))
+    return with_previous_stages(decided, [choose_configuration(decided, name) for name in wanted])
+
+
+def with_previous_stages(decided: Plan, configurations: Sequence[str]) -> tuple[str, ...]:
+    """Return configurations to preprocess, a cascade's first stage before its second."""
+    names: dict[str, None] = {}
+    for name in configurations:
+        previous = decided.configurations[name].previous_stage
+        if previous is not None:
+            names[previous] = None
+        names[name] = None
+    return tuple(names)
 
 
 def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmamba.bundle import Bundle, load_bundle, load_networks
+from medmamba.bundle import Bundle, load_bundle, load_networks, load_previous_networks
 from medmamba.dataset import CaseListing, find_cases
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
+from medmamba.plans.plan import ConfigurationPlan
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from medmamba.inference.engine import OnCase, PredictionRun
     from medmamba.inference.predictor import Predictor
 
@@ -144,22 +147,32 @@ def _make_predictor(
     if precision == "auto" and (trained == "fp32" or not has_native_bf16(chosen_device)):
         # Reduced precision only where the model was trained and validated in it.
         precision = "fp32"
-    branch = bundle.configuration
-    settings = PredictionSettings(
-        device=chosen_device,
-        precision=choose_precision(chosen_device, precision),
-        mirror_axes=bundle.manifest.mirror_axes if mirror else (),
-        step=step,
-        compat=compat,
-        features=branch.network.features[0],
-    )
-    return Predictor(
-        load_networks(bundle),
-        grid=branch.grid,
-        preprocessing=branch.preprocessing,
-        label_map=bundle.plan.label_map,
-        settings=settings,
-    )
+    chosen_precision = choose_precision(chosen_device, precision)
+
+    def stage(
+        networks: "list[nn.Module]", branch: ConfigurationPlan, previous: "Predictor | None"
+    ) -> Predictor:
+        settings = PredictionSettings(
+            device=chosen_device,
+            precision=chosen_precision,
+            mirror_axes=branch.training.mirror_axes if mirror else (),
+            step=step,
+            compat=compat,
+            features=branch.network.features[0],
+        )
+        return Predictor(
+            networks,
+            grid=branch.grid,
+            preprocessing=branch.preprocessing,
+            label_map=bundle.plan.label_map,
+            settings=settings,
+            previous=previous,
+        )
+
+    first = None
+    if bundle.previous is not None:
+        first = stage(load_previous_networks(bundle), bundle.previous, None)
+    return stage(load_networks(bundle), bundle.configuration, first)
 
 
 def _describe(bundle: Bundle, listing: CaseListing, predictor: "Predictor") -> str:

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 from medmamba.bundle import MODEL_FOLDER, save_bundle
 from medmamba.dataset import Split, read_splits, split_for_fold
 from medmamba.errors import CheckpointError, PlanError, UsageError
+from medmamba.pipeline.cascade import (
+    PreviousStage,
+    find_previous_stage,
+    predict_previous_stage,
+)
 from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
 from medmamba.pipeline.starting import pretrained_start
 from medmamba.pipeline.work import Work, choose_configuration, open_work
@@ -128,6 +133,8 @@ def train(
     decided = place.load_plan(network)
     name = choose_configuration(decided, configuration)
     branch = decided.configurations[name]
+    split = _split(place, name, branch, fold)
+    previous = find_previous_stage(place, decided, name, fold, split)
     setup = TrainingSetup(
         run_folder=place.run(network, name, fold),
         network=branch.network,
@@ -135,7 +142,7 @@ def train(
         recipe=choose_recipe(branch.training, changes, dimension=branch.grid.dimension),
         label_map=decided.label_map,
         store_folder=place.store(name, branch),
-        split=_split(place, name, branch, fold),
+        split=split,
         device=device,
         precision=precision,
         seed=seed,
@@ -144,6 +151,8 @@ def train(
         extend=extend,
         start=_start(pretrained, pretrained_mode, freeze_epochs, on_message),
         outside_is_zero_channels=_masked_channels(branch),
+        previous_folder=None if previous is None else previous.folder,
+        previous_identity="" if previous is None else previous.identity,
     )
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
     with join_team(resolve_device(device)) as team:
@@ -154,10 +163,16 @@ def train(
                     f"recipe {short} instead of the plan's, which needs more steps than a CPU "
                     f"makes in {setup.length}; --recipe {network} trains by the plan's all the same"
                 )
+        if previous is not None:
+            if team.leads:
+                predict_previous_stage(
+                    place, decided, name, previous, device=device, on_message=on_message
+                )
+            team.wait()
         result = train_fold(setup, resume=resume, on_progress=on_epoch, team=team)
         model = setup.run_folder / MODEL_FOLDER
         if team.leads:
-            _write_model(model, decided, name, fold, setup, result)
+            _write_model(model, decided, name, fold, setup, result, previous)
         return TrainOutcome(
             run_folder=setup.run_folder,
             model=model,
@@ -255,17 +270,29 @@ def _write_model(
     fold: int | str,
     setup: "TrainingSetup",
     result: "TrainingResult",
+    previous: PreviousStage | None,
 ) -> None:
+    from medmamba.networks.weights import load_weights
     from medmamba.training.checkpoint import prediction_weights
 
     # The plan of the bundle says how it was trained, flips included, whatever was planned.
     branch = dataclasses.replace(decided.configurations[name], training=setup.recipe)
-    trained = dataclasses.replace(decided, configurations={**decided.configurations, name: branch})
+    branches = {**decided.configurations, name: branch}
+    earlier = []
+    if previous is not None:
+        first = previous.model
+        branches[previous.configuration] = dataclasses.replace(
+            first.configuration,
+            next_stage=decided.configurations[previous.configuration].next_stage,
+        )
+        earlier = [load_weights(first.folder / entry.file) for entry in first.manifest.weights]
+    trained = dataclasses.replace(decided, configurations=branches)
     save_bundle(
         folder,
         plan=trained,
         configuration=name,
         weights=[prediction_weights(result.latest)],
+        previous_weights=earlier,
         folds=[fold],
         precision=result.precision,
         training={

@@ -6,6 +6,7 @@
       dataset.json  verification.json  fingerprint.json  dataset_fingerprint.json  splits.json
       plans/<network>.json
       preprocessed/<configuration>-<key>/<case>...
+      previous/<network>/<configuration>/fold_<n>/<case>...   labels of a cascade's first stage
       runs/<network>/<configuration>/fold_<n>/   checkpoints, log.jsonl, curves.png, model/
 """
 
@@ -64,9 +65,18 @@ class Work:
         return self.folder / "plans" / f"{network}.json"
 
     def store(self, configuration: str, plan: "ConfigurationPlan") -> Path:
-        """Preprocessed cases; networks with equal spacing and recipe share them."""
+        """Preprocessed cases; networks with equal spacing and recipe share them.
+
+        The second stage of a cascade sees those of full resolution.
+        """
+        if plan.previous_stage is not None:
+            configuration = configuration.replace("_cascade", "")
         key = hash_values([list(plan.grid.spacing_mm), plan.preprocessing])
         return self.folder / "preprocessed" / f"{configuration}-{key[:STORE_KEY_LENGTH]}"
+
+    def previous(self, network: str, configuration: str, fold: int | str) -> Path:
+        """Labels of a cascade's first stage that one run of the second is given."""
+        return self.folder / "previous" / network / configuration / f"fold_{fold}"
 
     def run(self, network: str, configuration: str, fold: int | str) -> Path:
         """One training run."""

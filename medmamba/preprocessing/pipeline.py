@@ -68,12 +68,14 @@ class PreprocessedCase:
         data: (C, d, h, w) float32.
         labels: (1, d, h, w), -1 outside the non-zero region; None without a label image.
         class_locations: class key -> (n, 3) voxels of the class; empty without labels.
+        coarse: the same case on the grid of a cascade's first network.
     """
 
     data: NDArray[np.float32]
     labels: NDArray[np.int16] | None
     record: UndoRecord
     class_locations: ClassLocations
+    coarse: "PreprocessedCase | None" = None
 
 
 def preprocess_case(

@@ -186,6 +186,61 @@ class CaseStore:
         return self.folder / f"{case_id}.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreviousSidecar:
+    """The JSON beside a coarse network's labels: what made them."""
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    key: str
+
+
+class PreviousStore:
+    """A folder of labels that the coarse network of a cascade gave to preprocessed cases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(
+        self,
+        case_id: str,
+        labels: NDArray[np.unsignedinteger],
+        *,
+        key: str,
+        patch_size: tuple[int, ...],
+    ) -> None:
+        """Store labels (d, h, w) so that they exist wholly or not at all.
+
+        Raises:
+            EnvironmentFault: the folder cannot be written.
+        """
+        self._sidecar_path(case_id).unlink(missing_ok=True)
+        _write_array(self._path(case_id), labels[None].astype(np.int16), patch_size)
+        write_atomic(self._sidecar_path(case_id), to_json(PreviousSidecar(key=key)))
+
+    def has(self, case_id: str, key: str) -> bool:
+        """Tell whether the case's labels are there and were made by what ``key`` stands for."""
+        path = self._sidecar_path(case_id)
+        if not path.is_file():
+            return False
+        content = read_json(path, what=f"previous stage of {case_id}", error=DatasetError)
+        return isinstance(content, dict) and content.get("key") == key
+
+    def open(self, case_id: str) -> blosc2.NDArray:
+        """Open labels (1, d, h, w) without reading their voxels.
+
+        Raises:
+            DatasetError: they are not there, or damaged.
+        """
+        return _open_array(self._path(case_id))
+
+    def _path(self, case_id: str) -> Path:
+        return self.folder / f"{case_id}.b2nd"
+
+    def _sidecar_path(self, case_id: str) -> Path:
+        return self.folder / f"{case_id}.json"
+
+
 def read_array(path: Path) -> NDArray[Any]:
     """Read a whole array, of this store or of nnU-Net's folders.
 

@@ -57,6 +57,8 @@ class AugmentationPreset:
     rectangles: float = 0.0
     rectangle_extent: Range = (0.1, 0.3)
     mirror: float = 0.0
+    previous_morphology: float = 0.0
+    previous_removal: float = 0.0
 
     @property
     def moves_voxels(self) -> bool:
@@ -75,6 +77,8 @@ _DEFAULT = AugmentationPreset(
     gamma_inverted=0.1,
     gamma=0.3,
     mirror=0.5,
+    previous_morphology=0.4,
+    previous_removal=0.2,
 )
 
 PRESETS: dict[str, AugmentationPreset] = {

@@ -26,6 +26,7 @@ from medmamba.training.draws import (
     draw_mirror,
     rotations_of,
 )
+from medmamba.training.previous import augment_previous, draw_previous
 from medmamba.volume import Box
 
 ANNOTATED = -1
@@ -83,6 +84,7 @@ class SamplingSettings:
         oversample_foreground: fraction of the batch that is centred on foreground.
         dummy_2d: overrides the choice of in-plane augmentation by shape.
         outside_is_zero_channels: channels set to 0 outside (masked normalisation).
+        previous_values: labels of the coarse network of a cascade that become channels.
     """
 
     patch_size: tuple[int, ...]
@@ -92,6 +94,7 @@ class SamplingSettings:
     mirror_axes: tuple[int, ...] = ()
     dummy_2d: bool | None = None
     outside_is_zero_channels: tuple[int, ...] = ()
+    previous_values: tuple[int, ...] = ()
     device: str = "cpu"
 
 
@@ -112,6 +115,8 @@ class PatchSampler:
     Args:
         open_case: opens a stored case by its id.
         case_ids: cases to draw from, uniformly and with replacement.
+        open_previous: opens the labels (1, D, H, W) that the coarse network gave a case; needed
+            with ``settings.previous_values``.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class PatchSampler:
         *,
         seed: int,
         stream: Stream,
+        open_previous: Callable[[str], Any] | None = None,
     ) -> None:
         if not case_ids:
             raise TrainingError(
@@ -132,7 +138,8 @@ class PatchSampler:
         self.case_ids = tuple(case_ids)
         self.current_case = ""
         self._open_case = open_case
-        self._opened: dict[str, StoredArrays] = {}
+        self._open_previous = open_previous
+        self._opened: dict[str, tuple[StoredArrays, Any]] = {}
         self._seed = seed
         self._stream = stream
         self._rotations = rotations_for(settings)
@@ -155,27 +162,40 @@ class PatchSampler:
         generator = sample_generator(self._seed, self._stream, iteration, sample)
         name = self.case_ids[int(generator.integers(len(self.case_ids)))]
         self.current_case = name
-        case = self._case(name)
+        case, previous = self._case(name)
         forced = is_forced_foreground(sample, settings.batch_size, settings.oversample_foreground)
         start, index = choose_region(case, self._outer, settings.patch_size, forced, generator)
         dimension = len(settings.patch_size)
         matrix = draw_matrix(preset, self._rotations, dimension, generator)
         draw = draw_intensity(preset, case.data.shape[0], dimension, generator)
         flips = draw_mirror(preset, settings.mirror_axes, generator)
-        data, labels = self._read(case, start, index, matrix)
+        maps = [case.labels] if previous is None else [case.labels, previous]
+        data, labels = self._read(case.data, maps, start, index, matrix)
         data, labels = self._augment(data, labels, draw, flips)
+        if previous is not None:
+            coarse = self._coarse_channels(labels[1:], generator)
+            data, labels = torch.cat([data, coarse]), labels[:1]
         return name, data, labels
 
-    def _case(self, name: str) -> StoredArrays:
+    def _coarse_channels(self, labels: Tensor, generator: np.random.Generator) -> Tensor:
+        values = self.settings.previous_values
+        channels = torch.cat([labels == value for value in values]).cpu().numpy()
+        draw = draw_previous(self.settings.preset, len(values), generator)
+        changed = augment_previous(channels, draw).astype(np.float32)
+        return torch.from_numpy(changed).to(labels.device)
+
+    def _case(self, name: str) -> tuple[StoredArrays, Any]:
         if name not in self._opened:
             if len(self._opened) >= OPEN_CASES:
                 del self._opened[next(iter(self._opened))]
-            self._opened[name] = self._open_case(name)
+            previous = self._open_previous(name) if self._open_previous is not None else None
+            self._opened[name] = (self._open_case(name), previous)
         return self._opened[name]
 
     def _read(
         self,
-        case: StoredArrays,
+        stored: Any,
+        maps: Sequence[Any],
         start: tuple[int, ...],
         index: int | None,
         matrix: NDArray[np.float64] | None,
@@ -183,10 +203,9 @@ class PatchSampler:
         inner = spatial.inner_box(start, self._outer, self.settings.patch_size)
         box = inner if matrix is None else spatial.source_box(inner, start, self._outer, matrix)
         device = torch.device(self.settings.device)
-        data = torch.from_numpy(read_box(case.data, box, index, fill=0)).to(device)
-        labels = torch.from_numpy(read_box(case.labels, box, index, fill=spatial.OUTSIDE)).to(
-            device
-        )
+        data = torch.from_numpy(read_box(stored, box, index, fill=0)).to(device)
+        read = [read_box(one, box, index, fill=spatial.OUTSIDE) for one in maps]
+        labels = torch.from_numpy(np.concatenate(read)).to(device)
         if matrix is None:
             return data, labels
         in_plane = self._rotations.in_plane
@@ -203,12 +222,12 @@ class PatchSampler:
 
             data = augment_intensity(data, draw, in_plane=self._rotations.in_plane)
             data, labels = mirror(data, labels, flips)
-        outside = labels == spatial.OUTSIDE
+        outside = labels[:1] == spatial.OUTSIDE
         if self.settings.outside_is_zero_channels:
             data = data.clone()
             for channel in self.settings.outside_is_zero_channels:
                 data[channel].masked_fill_(outside[0], 0)
-        return data.contiguous(), labels.masked_fill(outside, 0)
+        return data.contiguous(), labels.clip(min=0)
 
 
 def rotations_for(settings: SamplingSettings) -> Rotations:

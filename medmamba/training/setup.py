@@ -29,6 +29,8 @@ class TrainingSetup:
         deterministic: bit-exact on GPUs too; CPU runs always are.
         outside_is_zero_channels: channels normalised inside a mask, set to 0 outside it.
         extend: a resumed run may get another length than it began with.
+        previous_folder: of a cascade, where the coarse network's labels of every case are.
+        previous_identity: what made them.
         start: weights to begin with instead of fresh ones.
     """
 
@@ -46,6 +48,8 @@ class TrainingSetup:
     deterministic: bool = False
     outside_is_zero_channels: tuple[int, ...] = ()
     extend: bool = False
+    previous_folder: Path | None = None
+    previous_identity: str = ""
     start: Start | None = None
 
     @property

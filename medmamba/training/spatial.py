@@ -86,19 +86,22 @@ def resample(
 
     Args:
         data: (C, *N), as read.
-        labels: (1, *N).
+        labels: (L, *N), maps that are resampled apart.
         box: what was read.
         inner: box of the patch before the transform, whose centre stays where it is.
         matrix: takes offsets from the patch's centre to offsets in the source.
         in_plane: the first axis is untouched; it is folded into the channels.
 
     Returns:
-        data (C, *P) and labels (1, *P).
+        data (C, *P) and labels (L, *P).
     """
-    # Only labels that occur are sampled; counting is much faster than sorting for torch.unique.
-    present = torch.bincount(labels.flatten().long() - OUTSIDE).nonzero().flatten() + OUTSIDE
-    values = [value for value in present.tolist() if value != OUTSIDE]
-    stacked = torch.cat([data, *((labels == value).to(data.dtype) for value in values)])
+    values = [_present_values(one) for one in labels]
+    members = [
+        (one == value).to(data.dtype)[None]
+        for one, found in zip(labels, values, strict=True)
+        for value in found
+    ]
+    stacked = torch.cat([data, *members])
     if in_plane:
         folded = _sample(
             stacked.flatten(0, 1), _theta(box[1:], inner[1:], matrix[1:, 1:]), _size(inner[1:])
@@ -106,8 +109,19 @@ def resample(
         sampled = folded.reshape(*stacked.shape[:2], *folded.shape[1:])
     else:
         sampled = _sample(stacked, _theta(box, inner, matrix), _size(inner))
-    channels = data.shape[0]
-    return sampled[:channels], _pick_labels(sampled[channels:], values, labels.dtype)
+    sizes = [data.shape[0], *(len(found) for found in values)]
+    moved, *scores = torch.split(sampled, sizes)
+    picked = [
+        _pick_labels(score, found, labels.dtype)
+        for score, found in zip(scores, values, strict=True)
+    ]
+    return moved, torch.cat(picked)
+
+
+def _present_values(labels: Tensor) -> list[int]:
+    # Only labels that occur are sampled; counting is much faster than sorting for torch.unique.
+    present = torch.bincount(labels.flatten().long() - OUTSIDE).nonzero().flatten() + OUTSIDE
+    return [value for value in present.tolist() if value != OUTSIDE]
 
 
 def _pick_labels(scores: Tensor, values: list[int], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from medmamba.errors import CheckpointError, TrainingError
 from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
 from medmamba.networks import build_network
-from medmamba.preprocessing.store import CaseStore
+from medmamba.preprocessing.store import CaseStore, PreviousStore
 from medmamba.training import checkpoint as checkpoints
 from medmamba.training.checkpoint import BEST, LATEST, RunState
 from medmamba.training.draws import preset_of
@@ -191,6 +191,7 @@ class FoldRun:
     def sampler(self, stream: Stream) -> PatchSampler:
         """Return what makes the batches of training or validation."""
         setup, training = self.setup, stream is Stream.TRAINING
+        folder = setup.previous_folder
         settings = SamplingSettings(
             patch_size=setup.grid.patch_size,
             batch_size=self._batch_size,
@@ -199,10 +200,18 @@ class FoldRun:
             mirror_axes=setup.recipe.mirror_axes,
             dummy_2d=setup.recipe.dummy_2d,
             outside_is_zero_channels=setup.outside_is_zero_channels,
+            previous_values=() if folder is None else setup.label_map.foreground_values,
             device=str(self.device),
         )
         cases = setup.split.train if training else setup.split.validation
-        return PatchSampler(self._store.open, cases, settings, seed=setup.seed, stream=stream)
+        return PatchSampler(
+            self._store.open,
+            cases,
+            settings,
+            seed=setup.seed,
+            stream=stream,
+            open_previous=None if folder is None else PreviousStore(folder).open,
+        )
 
     def train(self, stop: StopRequest, on_progress: Callable[[EpochReport], None] | None) -> None:
         validation = self.sampler(Stream.VALIDATION)

@@ -1,6 +1,6 @@
 """Which patches are drawn: rules of position, class and case, and purity."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ from medmamba.training.sampling import (
     is_forced_foreground,
     read_box,
 )
+
+from .conftest import PATCH, make_case
 
 SHAPE = (10, 12, 14)
 
@@ -175,3 +177,34 @@ def test_only_the_patch_is_read(store_folder) -> None:
 def test_a_split_without_cases_is_an_error() -> None:
     with pytest.raises(TrainingError, match="validation has no cases"):
         sampler_of({}, stream=Stream.VALIDATION)
+
+
+def test_labels_of_the_previous_stage_move_with_the_patch() -> None:
+    case = make_case(3)
+    moving = replace(PRESETS["default"], rotation=1.0, scaling=1.0, mirror=0.5)
+    preset = replace(moving, previous_morphology=0.0, previous_removal=0.0)
+    settings = SamplingSettings(
+        patch_size=PATCH,
+        batch_size=2,
+        oversample_foreground=1.0,
+        preset=preset,
+        mirror_axes=(0, 1, 2),
+        previous_values=(1, 2),
+    )
+    # A first stage that is always right: its channels must be the target's, wherever it went.
+    sampler = PatchSampler(
+        lambda name: case,
+        ("a",),
+        settings,
+        seed=0,
+        stream=Stream.TRAINING,
+        open_previous=lambda name: case.labels,
+    )
+    for iteration in range(5):
+        batch = sampler.batch(iteration)
+        assert batch.data.shape == (2, 3, *PATCH)
+        assert batch.labels.shape == (2, 1, *PATCH)
+        for channel, value in enumerate((1, 2), start=1):
+            expected = (batch.labels[:, 0] == value).float()
+            assert expected.any()
+            assert torch.equal(batch.data[:, channel], expected)
