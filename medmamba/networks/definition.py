@@ -33,6 +33,7 @@ class NetworkDefinition:
         arrange: from a spec that holds the plan's topology (features, strides, kernels, blocks) to
             the one this network builds.
         divisor: required multiple of the patch size per axis.
+        fewest_stages: resolutions it needs at least.
     """
 
     build: Callable[[NetworkSpec], "nn.Module"]
@@ -41,6 +42,7 @@ class NetworkDefinition:
     summary: str
     arrange: Callable[[NetworkSpec], NetworkSpec] = keep
     divisor: Callable[[NetworkSpec], tuple[int, ...]] = total_stride
+    fewest_stages: int = 2
 
 
 def read_options(spec: NetworkSpec, defaults: Mapping[str, OptionValue]) -> dict[str, OptionValue]:

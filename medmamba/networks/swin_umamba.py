@@ -44,6 +44,9 @@ DECODER_DEPTH = 2
 
 STEM_KERNEL = 7
 
+FEWEST_STAGES = 3
+"""Image, stem, encoder."""
+
 OPTIONS: Mapping[str, OptionValue] = MappingProxyType(
     {
         "d_state": 16,
@@ -306,9 +309,9 @@ def build(spec: NetworkSpec) -> nn.Module:
     """
     check_spec(spec)
     require(
-        spec.stages >= 3,
+        spec.stages >= FEWEST_STAGES,
         spec,
-        f"{spec.stages} stages planned, at least 3 needed (image, stem, encoder). "
+        f"{spec.stages} stages planned, {FEWEST_STAGES} needed (image, stem, encoder). "
         "Use a larger patch.",
     )
     require(

@@ -12,7 +12,7 @@ from torch import nn
 
 from medmamba.networks.definition import NetworkDefinition
 from medmamba.networks.spec import NetworkSpec
-from medmamba.networks.swin_umamba import DEPTHS, WIDTHS
+from medmamba.networks.swin_umamba import DEPTHS, FEWEST_STAGES, WIDTHS
 from medmamba.networks.swin_umamba import build as build_any
 
 DEFAULT_ORDER = "bidirectional"
@@ -53,6 +53,7 @@ SWIN_UMAMBA_3D = NetworkDefinition(
     build=build,
     dimensions=frozenset({3}),
     arrange=arrange,
+    fewest_stages=FEWEST_STAGES,
     source="ours, after Liu et al. 2024, Swin-UMamba (arXiv 2402.03302)",
     summary="Swin-UMamba with 3D scans and the plan's strides",
 )

@@ -51,12 +51,14 @@ class NetworkRules:
         arrange: from a spec with the plan's topology to the network's own.
         divisor: required multiple of the patch per axis.
         price: memory needed to train a spec.
+        fewest_stages: resolutions the network needs at least.
     """
 
     dimensions: frozenset[int]
     arrange: Callable[[NetworkSpec], NetworkSpec]
     divisor: Callable[[NetworkSpec], tuple[int, ...]]
     price: Callable[[NetworkSpec], Price]
+    fewest_stages: int = 2
 
 
 class PriceList:
@@ -118,4 +120,5 @@ def registered_rules(network: str, *, bf16: bool, optimizer_states: int) -> Netw
         arrange=definition.arrange,
         divisor=definition.divisor,
         price=price,
+        fewest_stages=definition.fewest_stages,
     )

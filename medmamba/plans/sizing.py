@@ -210,7 +210,9 @@ def size_by_memory(
     Raises:
         PlanError: no patch fits the memory.
     """
-    layouts = list(_shrinking(request, lambda patch: _arranged(request, rules, patch)))
+    layouts = _buildable(
+        list(_shrinking(request, lambda patch: _arranged(request, rules, patch))), request, rules
+    )
     budget = memory_gb * GIB
 
     def fits(index: int) -> bool:
@@ -240,6 +242,24 @@ def size_by_memory(
         shrunk=chosen,
         capped=capped,
     )
+
+
+def _buildable(layouts: list[_Layout], request: Request, rules: NetworkRules) -> list[_Layout]:
+    """Return the layouts with as many resolutions as the network needs; small patches have fewer.
+
+    Raises:
+        PlanError: none has.
+    """
+    enough = [layout for layout in layouts if len(layout.spec.strides) >= rules.fewest_stages]
+    if not enough:
+        largest = layouts[0]
+        raise PlanError(
+            f"network '{request.spec.name}': it needs {rules.fewest_stages} resolutions, but a "
+            f"patch of {list(largest.patch_size)} from a median case of "
+            f"{list(request.median_shape)} has {len(largest.spec.strides)}. Choose another network or a "
+            "finer --spacing."
+        )
+    return enough
 
 
 def first_patch(

@@ -210,6 +210,8 @@ def test_arranging_twice_changes_nothing(name: str, dimension: int) -> None:
 
 
 @pytest.mark.slow
+# Importing torch's compiler meets a function that torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @each_network
 def test_compiled_output_is_the_same(name: str, dimension: int) -> None:
     spec = plan(name, dimension)

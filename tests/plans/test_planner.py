@@ -206,6 +206,28 @@ def test_other_networks_are_sized_by_their_own_price_and_divisor() -> None:
     assert sizes[24] > 2 * sizes[8]
 
 
+def test_layouts_with_too_few_resolutions_are_never_priced() -> None:
+    def price(spec: NetworkSpec) -> Price:
+        if spec.stages < 4:
+            raise AssertionError(f"priced {spec.stages} stages")
+        return Price(fixed_bytes=0, bytes_per_sample=2 * GIB)
+
+    def follows_the_plan(fewest: int) -> NetworkRules:
+        return NetworkRules(
+            dimensions=frozenset({3}),
+            arrange=lambda spec: spec,
+            divisor=lambda spec: spec.total_stride,
+            price=price,
+            fewest_stages=fewest,
+        )
+
+    fingerprint = fingerprint_of((1.0, 1.0, 1.0), (40, 56, 40))
+    plan = make_plan(fingerprint, DESCRIPTION, OURS, Budget(), rules=follows_the_plan(4))
+    assert plan.configurations["3d_fullres"].grid.patch_size == (40, 56, 40)
+    with pytest.raises(PlanError, match=r"needs 6 resolutions, but a patch of \[40, 56, 40\]"):
+        make_plan(fingerprint, DESCRIPTION, OURS, Budget(), rules=follows_the_plan(6))
+
+
 def test_anisotropic_data_keep_their_proportions_under_another_price() -> None:
     fingerprint = fingerprint_of((5.0, 0.8, 0.8), (40, 400, 400))
     plan = make_plan(fingerprint, DESCRIPTION, OURS, Budget(memory_gb=8), rules=rules(3000))
