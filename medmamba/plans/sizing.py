@@ -256,8 +256,8 @@ def _buildable(layouts: list[_Layout], request: Request, rules: NetworkRules) ->
         raise PlanError(
             f"network '{request.spec.name}': it needs {rules.fewest_stages} resolutions, but a "
             f"patch of {list(largest.patch_size)} from a median case of "
-            f"{list(request.median_shape)} has {len(largest.spec.strides)}. Choose another network or a "
-            "finer --spacing."
+            f"{list(request.median_shape)} has {len(largest.spec.strides)}. Choose another network "
+            "or a finer --spacing."
         )
     return enough
 
