@@ -65,6 +65,12 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run was writing in ``folder``; nobody else may be writing there."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` durable, where the platform can."""
     if os.name != "posix":

@@ -16,7 +16,7 @@ from medmamba.dataset import (
 )
 from medmamba.dataset.splits import FOLDS
 from medmamba.errors import DatasetError
-from medmamba.files import require_writable_folder, to_json, write_atomic
+from medmamba.files import remove_leftovers, require_writable_folder, to_json, write_atomic
 from medmamba.interop.nnunet_data import is_nnunet_preprocessed
 from medmamba.interop.nnunet_export import export_to_nnunet
 from medmamba.pipeline.plan_request import (
@@ -107,6 +107,8 @@ def plan(
         return plan_preprocessed(folder, Path(output), request, on_progress=on_progress)
     raw = open_dataset(folder)
     work = Work(require_writable_folder(Path(output)))
+    for place in (work.folder, work.cases, work.plans):
+        remove_leftovers(place)
     report = verify(raw, workers=workers, progress=stage(on_progress, "verify"))
     write_atomic(work.verification, to_json(report))
     if on_verified is not None:
@@ -146,7 +148,7 @@ def _fingerprint(
     fingerprint = compute_fingerprint(
         raw,
         workers=request.workers,
-        folder=work.folder / "fingerprint",
+        folder=work.cases,
         progress=stage(on_progress, "fingerprint"),
         sampling=request.sampling,
     )

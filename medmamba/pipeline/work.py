@@ -51,6 +51,16 @@ class Work:
         return self.folder / "dataset_fingerprint.json"
 
     @property
+    def cases(self) -> Path:
+        """What was measured of single cases, so that a fingerprint can be continued."""
+        return self.folder / "fingerprint"
+
+    @property
+    def plans(self) -> Path:
+        """One plan per network."""
+        return self.folder / "plans"
+
+    @property
     def has_runs(self) -> bool:
         """Whether anything was trained here."""
         return any((self.folder / "runs").glob("*/*/*"))

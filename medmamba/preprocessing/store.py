@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from medmamba.errors import DatasetError
 from medmamba.files import (
     RECORD_CONFIG,
-    TEMPORARY_PREFIX,
     from_plain,
     read_json,
+    remove_leftovers,
     replace_atomic,
     to_json,
     write_atomic,
@@ -135,8 +135,7 @@ class CaseStore:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing; nobody else may be writing to the store."""
-        for path in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
 
     def case_ids(self) -> tuple[str, ...]:
         """List the stored cases, sorted."""
