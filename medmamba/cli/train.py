@@ -4,7 +4,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,30 @@ def train(
     fold: Annotated[
         str, typer.Option("--fold", "-f", metavar="K|all", help="Fold number, or all cases.")
     ] = "0",
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            "--folds",
+            metavar="all|0,1,2",
+            help="Several folds of the split instead of one: all of them, or those named.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="local|ray",
+            help="With --folds: local, one after another; ray, as tasks of a Ray cluster.",
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT|local",
+            help="Of the Ray cluster (default: the one this machine is part of).",
+        ),
+    ] = None,
     configuration: Annotated[
         str | None,
         typer.Option(
@@ -137,43 +161,91 @@ def train(
     goes on, on a CPU to the last bit as if nothing had happened.
 
     Example: [cyan]medmamba train work --network lightm_unet_s --fold 0 --max-time 20m[/cyan]
+
+    Several GPUs: [cyan]torchrun --nproc-per-node 4 -m medmamba train work[/cyan]
+
+    Several machines: [cyan]medmamba train work --folds all --engine ray[/cyan]
     """
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    options: dict[str, Any] = {
+        "network": network,
+        "configuration": configuration,
+        "max_time": parse_duration(max_time) if max_time else None,
+        "epochs": epochs,
+        "iterations": iterations,
+        "batch_size": batch_size,
+        "loss": loss,
+        "recipe": recipe,
+        "augmentation": augmentation,
+        "mirror": mirror,
+        "dummy_2d": dummy_2d,
+        "pretrained": pretrained,
+        "pretrained_mode": pretrained_mode,
+        "freeze_epochs": freeze_epochs,
+        "resume": resume,
+        "extend": extend,
+        "overwrite": overwrite,
+        "seed": seed,
+        "precision": precision,
+        "device": device,
+        "deterministic": deterministic,
+    }
+    if folds is None:
+        _train_one(work, parse_fold(fold), options)
+    else:
+        _train_several(work, folds, engine, address, options)
+
+
+def _train_one(work: Path, fold: int | str, options: dict[str, Any]) -> None:
     from medmamba.pipeline.training import train as run_train
 
-    signal.signal(signal.SIGTERM, _raise_terminated)
-    outcome = run_train(
-        work,
-        network=network,
-        fold=parse_fold(fold),
-        configuration=configuration,
-        max_time=parse_duration(max_time) if max_time else None,
-        epochs=epochs,
-        iterations=iterations,
-        batch_size=batch_size,
-        loss=loss,
-        recipe=recipe,
-        augmentation=augmentation,
-        mirror=mirror,
-        dummy_2d=dummy_2d,
-        pretrained=pretrained,
-        pretrained_mode=pretrained_mode,
-        freeze_epochs=freeze_epochs,
-        resume=resume,
-        extend=extend,
-        overwrite=overwrite,
-        seed=seed,
-        precision=precision,
-        device=device,
-        deterministic=deterministic,
-        on_epoch=print_epoch,
-        on_message=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    outcome = run_train(work, fold=fold, on_epoch=print_epoch, on_message=_say, **options)
     if outcome.rank != 0:
         return
     print(f"epochs    {outcome.epochs}, validation Dice of patches {outcome.dice:.4f}")
     print(f"model     {outcome.model}")
     print(f"curves    {outcome.run_folder / 'curves.png'}")
     print(f"next      medmamba predict -i IMAGES -o MASKS -m {outcome.model}")
+
+
+def _train_several(
+    work: Path, folds: str, engine: str, address: str | None, options: dict[str, Any]
+) -> None:
+    from medmamba.pipeline.folds import train_folds
+
+    outcomes = train_folds(
+        work,
+        folds=parse_folds(folds),
+        engine=engine,
+        address=address,
+        on_epoch=lambda fold, report: print_epoch(report),
+        on_message=_say,
+        **options,
+    )
+    for outcome in outcomes:
+        found = f"Dice of patches {outcome.dice:.4f}  {outcome.model}"
+        print(f"fold {outcome.fold}    {outcome.problem or found}")
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_folds(text: str) -> "tuple[int, ...] | Literal['all']":
+    """Read ``all`` or fold numbers with commas between them.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text == "all":
+        return "all"
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isdecimal() for part in parts):
+        return tuple(int(part) for part in parts)
+    raise UsageError(f"--folds '{text}': all, or numbers such as 0,1,2.")
 
 
 def parse_fold(text: str) -> int | str:

@@ -148,6 +148,7 @@ def write_run_record(
     """Write ``run.json``: how this run was started, with what, where."""
     record = {
         "command": sys.argv,
+        "process": {"host": platform.node(), "pid": os.getpid()},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
         "device": _device_name(device),

@@ -1,0 +1,28 @@
+"""Starts a Ray cluster of two one-core machines, prints its address and runs until stdin closes."""
+
+import os
+import sys
+
+# Loopback: Ray would otherwise use an address that a sandbox cannot reach itself by.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+def main() -> None:
+    from ray.cluster_utils import Cluster
+
+    store = {"object_store_memory": 100 * 2**20}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, **store},
+    )
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **store)
+    sys.stdout.write(f"{cluster.address}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
