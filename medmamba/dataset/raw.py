@@ -67,7 +67,30 @@ def read_label_map(path: Path) -> LabelMap:
     return LabelMap.from_dataset_json(description)
 
 
+def check_description(description: Mapping[str, Any], path: Path) -> None:
+    """Check every key that is needed, and report all problems at once.
+
+    Raises:
+        DatasetError: listing what is missing or cannot be used.
+    """
+    problems = []
+    checks = (channel_names, file_ending, lambda found: LabelMap.from_dataset_json(dict(found)))
+    for check in checks:
+        try:
+            check(description)
+        except DatasetError as problem:
+            problems.append(problem.message)
+    if "numTraining" not in description:
+        problems.append("dataset.json: 'numTraining' is missing; the number of cases is needed.")
+    if len(problems) == 1:
+        raise DatasetError(problems[0])
+    if problems:
+        listed = "\n  ".join(problems)
+        raise DatasetError(f"{path}: {len(problems)} problems:\n  {listed}")
+
+
 def _open_nnunet(folder: Path, description: dict[str, Any]) -> Dataset:
+    check_description(description, folder / DESCRIPTION_FILE)
     names = channel_names(description)
     ending = file_ending(description)
     listed = description.get("dataset")

@@ -51,6 +51,7 @@ class _CaseRecord:
     dimension: int = 3
     channels: int = 0
     files_read: int = 0
+    constant: list[str] = field(default_factory=list)
     content: str = ""
     label_voxels: dict[int, int] = field(default_factory=dict)
 
@@ -97,6 +98,10 @@ def _verify_case(case: Case, dataset: Dataset) -> _CaseRecord:
     digest = hashlib.sha256()
     for path in case.images:
         _check_image(record, path, digest)
+    # A modality that is absent and filled with zeros is common; an empty case is not.
+    is_empty = len(record.constant) == record.channels
+    for message in record.constant:
+        record.add("E_VAL_CONSTANT" if is_empty else "W_VAL_CONSTANT", message)
     if record.geometry is not None:
         record.content = digest.hexdigest()
         _check_channel_total(record, dataset)
@@ -154,9 +159,11 @@ def _check_image(record: _CaseRecord, path: Path, digest: Any) -> None:
     digest.update(np.ascontiguousarray(array).data.cast("B"))
     _note_warnings(record, path, header)
     for finding in judge_image(array):
-        # A modality that is absent and filled with zeros is common; an empty case is not.
-        code = "W_VAL_CONSTANT" if finding.code == "E_VAL_CONSTANT" else finding.code
-        record.add(code, f"{path.name}: {finding.message}")
+        message = f"{path.name}: {finding.message}"
+        if finding.code == "E_VAL_CONSTANT":
+            record.constant.append(message)
+        else:
+            record.add(finding.code, message)
     if record.geometry is None:
         record.geometry, record.dimension = volume.geometry, header.dimension
         _note_spacing(record, path, volume.geometry, header)

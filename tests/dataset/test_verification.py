@@ -148,11 +148,15 @@ def test_one_image_file(raw_dataset: Path, volume: Write) -> None:
     volume(images / "case_00_0000.nii.gz", spoiled)
     volume(images / "case_01_0001.nii.gz", values(6), origin=(9.0, 0.0, 0.0))
     volume(images / "case_02_0001.nii.gz", np.zeros(SHAPE, np.int16))
+    for channel in range(2):
+        volume(images / f"case_03_{channel:04d}.nii.gz", np.full(SHAPE, channel, np.int16))
     problems = found(raw_dataset)
     assert "2 of 960 values" in problems["case_00", "E_VAL_NONFINITE"]
     assert "case_01_0001.nii.gz" in problems["case_01", "E_CHAN_GRID"]
     assert "case_02_0001.nii.gz" in problems["case_02", "W_VAL_CONSTANT"]
-    assert len(problems) == 3
+    # Without a single channel to see anything in, the case is unusable.
+    assert "every value is 1" in problems["case_03", "E_VAL_CONSTANT"]
+    assert len(problems) == 4
 
 
 def test_files_of_no_case_absent_classes_and_orientations(
@@ -213,3 +217,12 @@ def test_counts_negative_and_wide_labels(raw_dataset: Path, volume: Write) -> No
     array[0, 0, 1] = 0
     volume(raw_dataset / "labelsTr" / "case_00.nii.gz", array)
     assert "-3 (1 voxels)." in found(raw_dataset)["case_00", "E_LABEL_UNDECLARED"]
+
+
+def test_every_problem_of_the_description_at_once(raw_dataset: Path, edit: Edit) -> None:
+    edit(raw_dataset, channel_names={"1": "CT"}, file_ending=".jpg", numTraining=None,
+         labels={"background": 0, "liver": 2})  # fmt: skip
+    with pytest.raises(
+        DatasetError, match=r"(?s)4 problems.*channel_names.*file_ending.*gaps.*numTraining"
+    ):
+        open_dataset(raw_dataset)
