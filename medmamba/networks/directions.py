@@ -33,11 +33,13 @@ class Direction:
         order: which token is visited when.
         segment: length of local bidirectional segments; 0 scans forward only.
         flip_channels: present the channels in reverse.
+        tables: token at each position, and position of each token, where ``order`` has a table.
     """
 
     order: ScanOrder
     segment: int = 0
     flip_channels: bool = False
+    tables: tuple[Tensor, Tensor] | None = None
 
 
 def count_directions(order: str, dimension: int) -> int:
@@ -58,6 +60,8 @@ def views(order: str, dimension: int) -> int:
     return 4 if order == SIAMESE else count_directions(order, dimension)
 
 
+# The compiler takes what this returns as it is, instead of tracing how tables are made and kept.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def directions(
     order: str, shape: Sequence[int], device: torch.device, *, reverse: bool = False
 ) -> tuple[Direction, ...]:
@@ -72,7 +76,10 @@ def directions(
         return tuple(
             Direction(order=way, flip_channels=flip) for flip in (False, True) for way in ways
         )
-    return tuple(Direction(order=way) for way in scan_orders(order, tuple(shape), device))
+    return tuple(
+        Direction(order=way, tables=_tables(way))
+        for way in scan_orders(order, tuple(shape), device)
+    )
 
 
 def walk(tokens: Tensor, direction: Direction) -> Tensor:
@@ -81,8 +88,8 @@ def walk(tokens: Tensor, direction: Direction) -> Tensor:
     Independent windows become sequences of their own, (B·windows, window, C).
     """
     order = direction.order
-    if order.index is not None:
-        tokens = tokens[:, _tables(order)[0]]
+    if direction.tables is not None:
+        tokens = tokens[:, direction.tables[0]]
     elif order.reverse:
         tokens = tokens.flip(1)
     if order.reset_every:
@@ -96,15 +103,15 @@ def walk_back(tokens: Tensor, direction: Direction, batch: int) -> Tensor:
     tokens = tokens.flip(2) if direction.flip_channels else tokens
     if order.reset_every:
         tokens = tokens.reshape(batch, -1, tokens.shape[2])
-    if order.index is not None:
-        return tokens[:, _tables(order)[1]]
+    if direction.tables is not None:
+        return tokens[:, direction.tables[1]]
     return tokens.flip(1) if order.reverse else tokens
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(order: ScanOrder) -> tuple[Tensor, Tensor]:
-    """Token at each position, and position of each token."""
-    assert order.index is not None
+def _tables(order: ScanOrder) -> tuple[Tensor, Tensor] | None:
+    if order.index is None:
+        return None
     # Tables outlive the call, so none may be made of the fake tensors of an estimate.
     with _disable_current_modes():
         tokens = order.index.long()
