@@ -9,6 +9,8 @@ import typer
 from medmamba.cli.options import Json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from medmamba.bundle import Manifest
 
 
@@ -55,7 +57,6 @@ def _short(value: object) -> str:
 def _print_networks(*, as_json: bool) -> None:
     import json
 
-    from medmamba.cli.display import data, make_table
     from medmamba.files import to_plain
     from medmamba.networks.describe import OPERATIONS_FORMULA, describe_networks
 
@@ -64,24 +65,40 @@ def _print_networks(*, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([to_plain(row) for row in rows], indent=2) + "\n")
         return
-    columns = ("network", "dim", "parameters", "patch", "GFLOP", "bytes/voxel", "patch multiple")
+    columns = ("network", "dim", "parameters", "patch", "GFLOP", "B/voxel", "multiple")
     cells = [
         (
             row.name,
             f"{row.dimension}D",
             f"{row.parameters:,}",
-            _times(row.patch_size),
+            _cube(row.patch_size),
             f"{row.operations / 1e9:,.1f}",
             f"{row.activation_bytes_per_voxel:,.0f}",
-            _times(row.patch_multiple),
+            _cube(row.patch_multiple),
         )
         for row in rows
     ]
-    data.print(make_table("Networks, for one channel and two classes", columns, cells))
-    data.print(f"GFLOP of one forward pass: {OPERATIONS_FORMULA}.")
-    for row in rows:
-        data.print(f"{row.name} ({row.dimension}D): {row.summary} {row.source}")
+    print_columns((columns, *cells))
+    print(f"""
+For one image channel and two classes. GFLOP of one forward pass over the patch:
+{OPERATIONS_FORMULA}.
+B/voxel: bytes kept for the backward pass under bfloat16 autocast, per voxel of the patch.
+multiple: what the patch size must be a multiple of on every axis, with isotropic spacing.
+""")
+    for name, summary, source in dict.fromkeys((row.name, row.summary, row.source) for row in rows):
+        print(f"{name}: {summary}. {source}.")
 
 
-def _times(sizes: tuple[int, ...]) -> str:
+def print_columns(rows: "Sequence[Sequence[str]]") -> None:
+    """Print aligned columns, the first to the left; none is cut in a narrow terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        numbers = (text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))
+        print(first.ljust(widths[0]), *numbers, sep="  ")
+
+
+def _cube(sizes: tuple[int, ...]) -> str:
+    """Write 128x128x128 as 128^3."""
+    if len(set(sizes)) == 1:
+        return f"{sizes[0]}^{len(sizes)}"
     return "x".join(str(size) for size in sizes)

@@ -10,7 +10,9 @@ Shapes: B batch, L tokens, C model width, E inner width, N state size, R rank of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,19 @@ GPU_CHUNK_VALUES = 1 << 24
 """On a GPU a chunk must fill the device; 32 MB in bfloat16 per intermediate."""
 MINIMUM_CHUNK = 256
 """Tokens below which the work around a chunk outweighs the chunk."""
+
+
+_whole: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_blocks() -> Iterator[None]:
+    """Evaluate blocks in one piece, whatever their size, for whoever counts operations."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 class MambaWeights(NamedTuple):
@@ -85,9 +100,12 @@ def mamba_block(
     """
     dtype = _compute_dtype(tokens)
     cast = _cast(weights, dtype)
-    length = chunk_length(tokens, weights, segment=segment) if chunk is None else chunk
+    whole = torch.compiler.is_compiling()
+    if not whole:
+        length = chunk_length(tokens, weights, segment=segment) if chunk is None else chunk
+        whole = not length or length >= tokens.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
-        if not length or length >= tokens.shape[1] or torch.compiler.is_compiling():
+        if whole:
             return _chunk_output(tokens.to(dtype), cast, None, segment)[0]
         settings = (length, segment)
         return _Streamed.apply(settings, tokens.to(dtype), *cast)  # type: ignore[no-any-return,no-untyped-call]
@@ -96,7 +114,7 @@ def mamba_block(
 def chunk_length(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> int:
     """Return the tokens of a chunk, 0 for a block too small to stream; never follows a timing."""
     inner = weights.A_log.shape[0]
-    if tokens.shape[0] * tokens.shape[1] * inner < STREAM_FROM_VALUES:
+    if tokens.shape[0] * tokens.shape[1] * inner < STREAM_FROM_VALUES or _whole.get():
         return 0
     values = CPU_CHUNK_VALUES if tokens.device.type == "cpu" else GPU_CHUNK_VALUES
     count = values // max(1, tokens.shape[0] * inner)

@@ -9,7 +9,8 @@ from medmamba.networks.spec import NetworkSpec
 
 OPERATIONS_FORMULA = (
     "2 per multiply-add of convolutions and matrix products, plus 9 L d N per scan direction "
-    "(L tokens, d inner channels, N states)"
+    "(L tokens, d inner channels, N states); norms, activations, sums and the causal convolution, "
+    "8 L d, left out"
 )
 """What the operations of a row count; one forward pass over one patch."""
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from medmamba.files import to_json
+from medmamba.kernels.mamba_block import whole_blocks
 from medmamba.networks.registry import build_network
 from medmamba.networks.spec import NetworkSpec
 
@@ -91,14 +92,16 @@ def operations(spec: NetworkSpec) -> int:
     """Count operations of one forward pass over one patch.
 
     Two per multiply-add of a convolution or matrix product, plus 9 L d N per scan direction
-    (L tokens, d inner channels, N states). Norms, activations and additions are not counted.
+    (L tokens, d inner channels, N states). Norms, activations, additions and the causal
+    convolution of a Mamba block (8 L d for four taps) are not counted.
 
     Raises:
         PlanError: the network cannot be built from the spec.
     """
     scan = torch.ops.medmamba.selective_scan
     counter = FlopCounterMode(display=False, custom_mapping={scan: _scan_operations})
-    with _fake_network(spec, 1) as (network, image), torch.no_grad(), counter:
+    # Of a streamed block one chunk alone would be seen.
+    with _fake_network(spec, 1) as (network, image), torch.no_grad(), counter, whole_blocks():
         network(image)
     return int(counter.get_total_flops())
 

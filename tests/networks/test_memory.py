@@ -93,13 +93,18 @@ def test_operations_of_convolutions_are_the_closed_form() -> None:
 
 def test_scan_adds_nine_operations_per_token_channel_and_state() -> None:
     spec = small("umamba_bot")
-    tokens, width, state, taps = 8**3, 16, 16, 4
+    tokens, width, state = 8**3, 16, 16
     inner, rank = 2 * width, 1
     matrices = width * 2 * inner + inner * (rank + 2 * state) + rank * inner + inner * width
     mixer = operations(spec) - operations(replace(spec, mixer="identity"))
     expected = tokens * (2 * matrices + 9 * inner * state)
-    # The causal convolution counts where torch sees it as one.
-    assert mixer in (expected, expected + 2 * tokens * taps * inner)
+    assert mixer == expected
+
+
+def test_operations_grow_with_the_patch_beyond_what_is_computed_at_once() -> None:
+    spec = reference_spec("lightm_unet", 3)
+    small_patch = replace(spec, patch_size=(16, 16, 16))
+    assert operations(spec) == 8**3 * operations(small_patch)
 
 
 def test_activation_bytes_per_voxel_do_not_depend_on_the_patch() -> None:
