@@ -1,5 +1,6 @@
 """Reading bundles: everything that is used is checked before it is."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from medmamba.bundling.manifest import (
     find_bundle,
     read_manifest,
 )
-from medmamba.errors import BundleError, SecurityError
+from medmamba.errors import BundleError, EnvironmentFault, SecurityError
 from medmamba.files import from_plain, hash_file, read_json
 from medmamba.networks.tensor_file import check_tensor_file, header_length
 from medmamba.plans.nnunet_schema import load_plan
@@ -85,6 +86,7 @@ def load_bundle(path: Path, *, folds: Sequence[int | str] | None = None) -> Bund
 
     Raises:
         BundleError: missing or damaged parts, unknown keys, newer versions.
+        EnvironmentFault: a file may not be read.
         SecurityError: a file does not match its hash, or a path leaves the folder.
     """
     folder = find_bundle(path)
@@ -271,6 +273,12 @@ def _require_file(folder: Path, name: str) -> None:
         raise BundleError(
             f"{folder}: {name} is missing (beside it: {', '.join(beside[:5]) or 'nothing'}). "
             "Copy the model folder again, or choose the folds that are there."
+        )
+    if not os.access(path, os.R_OK):
+        raise EnvironmentFault(
+            f"{path}: may not be read by this user (mode {path.stat().st_mode & 0o777:o}). "
+            "Change its permissions, chmod a+r for instance.",
+            code="E_IO_PERMISSION",
         )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from medmamba import __version__
+from medmamba.cli.caches import place_caches
 from medmamba.cli.convert import convert
 from medmamba.cli.demo import demo
 from medmamba.cli.doctor import doctor
@@ -89,6 +90,7 @@ def medmamba(
 
 def main() -> None:
     """Run the command line; every failure ends in one line and a documented exit code."""
+    place_caches()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:

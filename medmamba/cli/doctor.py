@@ -4,14 +4,16 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from medmamba import __version__
+from medmamba.cli.caches import CACHE_VARIABLE
 from medmamba.cli.options import Json
 
 PACKAGES = (
@@ -31,12 +33,18 @@ class Finding:
     fit: bool = True
 
 
-def doctor(as_json: Json = False) -> None:
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="Memory, disk and folders only, in a moment: a health check."),
+]
+
+
+def doctor(as_json: Json = False, quick: Quick = False) -> None:
     """Check device, memory, disk, compiler and scan kernels; exit code 6 if something is unfit.
 
     Example: [cyan]medmamba doctor --json[/cyan]
     """
-    findings = [*_system(), *_device(), *_scan()]
+    findings = _system() if quick else [*_system(), *_device(), *_scan()]
     packages = {name: _version(name) for name in PACKAGES}
     if as_json:
         _print_json(findings, packages)
@@ -60,7 +68,24 @@ def _system() -> list[Finding]:
     if SHARED_MEMORY.exists():
         size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
         findings.append(Finding("shared memory", f"{size:.0f} MiB (medmamba needs none)"))
-    return findings
+    return [*findings, _cache_folder()]
+
+
+def _cache_folder() -> Finding:
+    """Whether compiled kernels can be kept: the folder must be writable and allow execution."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if not named:
+        return Finding("cache folder", f"the libraries' own ({CACHE_VARIABLE} is not set)")
+    folder = Path(named)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".sh") as probe:
+            Path(probe.name).chmod(0o700)
+    except OSError as error:
+        return Finding("cache folder", f"{folder}: not writable ({error.strerror})", fit=False)
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return Finding("cache folder", f"{folder}: mounted noexec, GPU kernels cannot be kept")
+    return Finding("cache folder", f"{folder}: writable, executable")
 
 
 def _memory() -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from medmamba.kernels.linear import linear
 from medmamba.networks.channels_last import (
+    TokenNorm,
     depthwise_conv,
     max_pool,
     upsample_linear,
@@ -85,7 +86,7 @@ class MambaLayer(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, mixer: nn.Module) -> None:
         super().__init__()
         self.skip_scale = nn.Parameter(torch.ones(1))
-        self.norm = nn.LayerNorm(in_channels)
+        self.norm = TokenNorm(in_channels)
         self.mamba = mixer
         self.proj = nn.Linear(in_channels, out_channels)
 

@@ -35,7 +35,15 @@ def save_weights(
             tensors[name] = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
     text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)
-    replace_atomic(path, lambda temporary: save_file(tensors, temporary, {METADATA_KEY: text}))
+
+    def write(temporary: Path) -> None:
+        # safetensors makes files that only their owner can read, whatever the umask says.
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
+        save_file(tensors, temporary, {METADATA_KEY: text})
+        temporary.chmod(mode)
+
+    replace_atomic(path, write)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

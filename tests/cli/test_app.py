@@ -155,6 +155,16 @@ def test_doctor_prints_one_json_document():
     assert {"medmamba", "CPU", "GPU", "scan native", "scan reference"} <= topics
 
 
+def test_a_cache_folder_that_cannot_be_used_makes_the_machine_unfit(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDMAMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    result = medmamba("doctor", "--quick")
+    assert result.returncode == 6
+    assert "not writable" in result.stdout
+    monkeypatch.setenv("MEDMAMBA_CACHE_DIR", str(tmp_path / "cache"))
+    assert medmamba("doctor", "--quick").returncode == 0
+
+
 def test_version():
     assert medmamba("--version").stdout.startswith("medmamba 0.")
 

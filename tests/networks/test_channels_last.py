@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from medmamba.networks.channels_last import depthwise_conv, max_pool, upsample_linear
+from medmamba.networks.channels_last import TokenNorm, depthwise_conv, max_pool, upsample_linear
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (4, 5, 6)])
@@ -43,3 +43,34 @@ def test_pool_and_enlargement(stride: tuple[int, ...]) -> None:
     found = upsample_linear(small, stride)
     assert found.shape == x.shape
     torch.testing.assert_close(found, wanted.movedim(1, -1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [4, 8, 16])
+def test_token_norm_is_layer_norm(channels: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = TokenNorm(channels)
+    x = torch.randn(2, 50, channels).to(dtype).requires_grad_()
+    y = norm(x)
+    assert y.dtype == dtype
+    exact = functional.layer_norm(x.double(), (channels,))
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=2 * torch.finfo(dtype).eps)
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_depthwise_convolution_keeps_the_type_of_its_surroundings(autocast: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 5, 6, 8)
+    weight = torch.randn(8, 1, 3, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = depthwise_conv(x, weight)
+    wanted = functional.conv3d(
+        x.movedim(-1, 1).double(), weight.double(), padding=1, groups=8
+    ).movedim(1, -1)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    torch.testing.assert_close(y.double(), wanted, rtol=8e-3 if autocast else 1e-5, atol=1e-5)
+    y.float().square().sum().backward()
+    assert weight.grad is not None

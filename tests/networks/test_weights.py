@@ -1,5 +1,6 @@
 """Weights on disk: round trip, equal bytes, and errors that name tensors."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,12 @@ def test_load_exactly_copies_values() -> None:
     load_exactly(module, state)
     assert torch.equal(module.weight, state["weight"])
     assert torch.equal(module.bias, state["bias"])
+
+
+def test_others_may_read_what_the_umask_allows(tmp_path: Path) -> None:
+    earlier = os.umask(0o022)
+    try:
+        save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(earlier)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
