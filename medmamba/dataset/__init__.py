@@ -14,6 +14,7 @@ from medmamba.dataset.splits import (
     split_for_fold,
     write_splits,
 )
+from medmamba.dataset.subjects import read_subjects, shared_subjects
 from medmamba.dataset.verification import verify
 from medmamba.io import orientation_code
 
@@ -33,7 +34,9 @@ __all__ = [
     "orientation_code",
     "read_label_map",
     "read_splits",
+    "read_subjects",
     "safe_id",
+    "shared_subjects",
     "split_for_fold",
     "verify",
     "write_splits",

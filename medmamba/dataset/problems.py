@@ -22,7 +22,7 @@ SUGGESTIONS: dict[str, str] = {
     "E_LABEL_MISSING": "Add the label file or remove the image from imagesTr.",
     "E_LABEL_UNDECLARED": "Declare the values under 'labels' in dataset.json or correct the file.",
     "E_SPLIT_CASES": "Correct splits_final.json, or delete it to get default folds.",
-    "E_SPLIT_LEAK": "Keep copies of an image on one side of the fold.",
+    "E_SPLIT_LEAK": "Keep a subject, and copies of an image, on one side of the fold.",
     "E_VAL_CONSTANT": "Export the image again, or remove the case.",
     "E_VAL_FRACTIONS": "Resample the labels with nearest neighbours.",
     "E_VAL_NONFINITE": "Replace NaN and Inf by the background value, or remove the case.",

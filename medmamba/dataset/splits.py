@@ -1,7 +1,7 @@
 """Which cases train and which validate: nnU-Net's five folds, or those of a splits_final.json."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,15 +29,32 @@ class Split:
     validation: tuple[str, ...]
 
 
-def make_splits(case_ids: Sequence[str]) -> tuple[Split, ...]:
+def make_splits(
+    case_ids: Sequence[str], subjects: Mapping[str, str] | None = None
+) -> tuple[Split, ...]:
     """Divide cases into five folds as nnU-Net does (shuffled once, consecutive parts validate).
 
-    Fewer than five cases, where nnU-Net gives up, make as many folds as there are cases.
+    Fewer than five cases, where nnU-Net gives up, make as many folds as there are cases. Where
+    subjects have several cases, subjects are divided so and bring all their cases.
+
+    Args:
+        case_ids: of the training cases.
+        subjects: case -> subject; every case its own when None.
 
     Raises:
-        DatasetError: a single case, or an id that occurs twice.
+        DatasetError: a single case or subject, or an id that occurs twice.
     """
     ids = _unique_sorted(case_ids)
+    owner = subjects or {}
+    if len({owner.get(name, name) for name in ids}) < len(ids):
+        groups = sorted({owner.get(name, name) for name in ids})
+        return tuple(
+            Split(
+                train=tuple(name for name in ids if owner.get(name, name) in split.train),
+                validation=tuple(name for name in ids if owner.get(name, name) in split.validation),
+            )
+            for split in make_splits(groups)
+        )
     if len(ids) < 2:
         raise DatasetError(
             f"{len(ids)} training case cannot be divided into folds. "

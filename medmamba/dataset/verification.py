@@ -25,6 +25,7 @@ from medmamba.dataset.case import (
 )
 from medmamba.dataset.problems import Problem, VerificationReport, make_problem
 from medmamba.dataset.raw import visible_files
+from medmamba.dataset.subjects import read_subjects, shared_subjects
 from medmamba.errors import InputError
 from medmamba.io import (
     DEFAULT_GATE,
@@ -323,6 +324,12 @@ def _split_problems(dataset: Dataset) -> Iterator[Problem]:
             message = f"splits_final.json: fold {fold} names {len(unknown)} cases that are not "
             message += f"there: {_shown(unknown)}."
             yield make_problem(None, "E_SPLIT_CASES", message)
+        subjects = read_subjects(dataset.description, sorted(known))
+        shared = shared_subjects(split, subjects)
+        if shared:
+            message = f"splits_final.json: fold {fold} trains and validates on cases of "
+            message += f"{len(shared)} subjects: {_shown(shared)}."
+            yield make_problem(None, "E_SPLIT_LEAK", message)
 
 
 def _orientations(records: list[_CaseRecord]) -> dict[str, int]:

@@ -35,15 +35,19 @@ def save_weights(
             tensors[name] = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
     text = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)
+    replace_atomic(path, lambda temporary: _save_file(tensors, temporary, text))
 
-    def write(temporary: Path) -> None:
-        # safetensors makes files that only their owner can read, whatever the umask says.
-        temporary.touch()
-        mode = temporary.stat().st_mode & 0o777
-        save_file(tensors, temporary, {METADATA_KEY: text})
-        temporary.chmod(mode)
 
-    replace_atomic(path, write)
+def _save_file(tensors: dict[str, Tensor], path: Path, text: str) -> None:
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(tensors, path, {METADATA_KEY: text})
+    except safetensors.SafetensorError as error:
+        # It is the library's own kind of error even where the disk is full.
+        raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from medmamba.dataset import (
     make_splits,
     open_dataset,
     read_splits,
+    read_subjects,
     verify,
     write_splits,
 )
@@ -166,7 +167,8 @@ def _write_splits(raw: Dataset, work: Work) -> None:
     """
     if not raw.splits:
         if len(raw.training_cases) >= FOLDS:
-            write_splits(work.splits, make_splits([case.id for case in raw.training_cases]))
+            ids = [case.id for case in raw.training_cases]
+            write_splits(work.splits, make_splits(ids, read_subjects(raw.description, ids)))
         return
     if work.splits.is_file() and read_splits(work.splits) != raw.splits and work.has_runs:
         raise DatasetError(

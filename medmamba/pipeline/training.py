@@ -14,6 +14,7 @@ from medmamba.pipeline.cascade import (
     find_previous_stage,
     predict_previous_stage,
 )
+from medmamba.pipeline.leaks import require_no_leak
 from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
 from medmamba.pipeline.starting import pretrained_start
 from medmamba.pipeline.work import Work, choose_configuration, open_work
@@ -134,6 +135,8 @@ def train(
     name = choose_configuration(decided, configuration)
     branch = decided.configurations[name]
     split = _split(place, name, branch, fold)
+    store = CaseStore(place.store(name, branch))
+    require_no_leak(split, place.load_description(), store, fold=fold)
     previous = find_previous_stage(place, decided, name, fold, split)
     setup = TrainingSetup(
         run_folder=place.run(network, name, fold),

@@ -141,6 +141,14 @@ class CaseStore:
         """List the stored cases, sorted."""
         return tuple(sorted(path.stem for path in self.folder.glob("*.json")))
 
+    def content(self, case_id: str) -> tuple[int, int]:
+        """Return size and checksum of a case's image, equal for copies of one image.
+
+        Raises:
+            DatasetError: the case is not in the store.
+        """
+        return self._read_sidecar(case_id).files[self._data_path(case_id).name]
+
     def open(self, case_id: str) -> StoredCase:
         """Open a case without reading its voxels.
 

@@ -25,6 +25,9 @@ POLL_S = 0.5
 SLOW_S = 30.0
 """After this long without a batch, say which case is being read."""
 
+STALLED_S = 900.0
+"""After this long the read is given up: a run that waits for a dead disk helps nobody."""
+
 CLOSE_S = 10.0
 """A thread that is stuck in a read is left behind after this long; it ends with the process."""
 
@@ -105,6 +108,12 @@ class BatchLoader:
             raise TrainingError(
                 f"case {self._sampler.current_case}: the loader ended without a batch. "
                 "Resume from the latest checkpoint.",
+                code="E_TRAIN_LOADER",
+            )
+        if waited >= STALLED_S:
+            raise TrainingError(
+                f"case {self._sampler.current_case}: no batch for {waited:.0f} s, its read "
+                "hangs. Check the disk of the preprocessed data, then go on with --resume.",
                 code="E_TRAIN_LOADER",
             )
         if waited % SLOW_S < POLL_S and waited >= SLOW_S:

@@ -1,6 +1,7 @@
 """Checkpoints hold everything, are whole or absent, and refuse what they are not."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,25 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentFault, match="No space left"):
         save_checkpoint(path, STATE, network=network_of(1), optimizer=None, average=None)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
+def test_a_disk_that_fills_up_while_writing_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, STATE, network=network_of(0), optimizer=None, average=None)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(EnvironmentFault, match="free space") as caught:
+            save_checkpoint(path, STATE, network=network_of(1), optimizer=None, average=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == "E_IO_WRITE"
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

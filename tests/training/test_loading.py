@@ -111,3 +111,17 @@ def test_a_slow_case_is_named_while_waiting(monkeypatch, caplog) -> None:
     with BatchLoader(Sampler(lambda number, attempt: time.sleep(0.4)), first=7) as loader:
         assert loader.next().iteration == 7
     assert "waiting for case case_7" in caplog.text
+
+
+def test_a_read_that_never_ends_is_given_up_and_named(monkeypatch) -> None:
+    monkeypatch.setattr(loading, "POLL_S", 0.05)
+    monkeypatch.setattr(loading, "STALLED_S", 0.3)
+    monkeypatch.setattr(loading, "CLOSE_S", 0.1)
+    release = threading.Event()
+    with (
+        BatchLoader(Sampler(lambda number, attempt: release.wait(20)), first=3) as loader,
+        pytest.raises(TrainingError, match=r"case case_3.*hangs") as caught,
+    ):
+        loader.next()
+    assert caught.value.code == "E_TRAIN_LOADER"
+    release.set()
