@@ -28,6 +28,11 @@ SMALLEST_BATCH = 2
 FIRST_PATCH_EDGE = {2: 2048, 3: 256}
 """The search starts at the volume of this cube (square), in the proportions of the spacing."""
 
+DEVICE_RESERVE = 0.5
+"""GiB of a graphics card that the driver's context takes before the first tensor; an allowance."""
+DEVICE_RESERVE_SHARE = 1 / 16
+"""At most this part, for budgets that no card has."""
+
 REFERENCE_BATCH = {2: 12, 3: 2}
 """Batch that nnU-Net's reference costs were measured for."""
 
@@ -214,6 +219,8 @@ def size_by_memory(
         list(_shrinking(request, lambda patch: _arranged(request, rules, patch))), request, rules
     )
     budget = memory_gb * GIB
+    if request.voxel_limit is None:
+        budget -= min(DEVICE_RESERVE, memory_gb * DEVICE_RESERVE_SHARE) * GIB
 
     def fits(index: int) -> bool:
         return prices.estimate(layouts[index].spec).of(SMALLEST_BATCH) <= budget
