@@ -154,6 +154,13 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again although this run exists.")
     ] = False,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate/--no-validate",
+            help="At the end, predict and score whole validation cases (not part of the budget).",
+        ),
+    ] = True,
 ) -> None:
     """Train one fold; writes checkpoints, log.jsonl, curves.png and a model to predict with.
 
@@ -189,6 +196,7 @@ def train(
         "precision": precision,
         "device": device,
         "deterministic": deterministic,
+        "validate": validate,
     }
     if folds is None:
         _train_one(work, parse_fold(fold), options)

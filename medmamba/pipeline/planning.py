@@ -30,6 +30,7 @@ from medmamba.pipeline.plan_request import (
     wanted_configurations,
 )
 from medmamba.pipeline.planning_nnunet import find_dataset, plan_preprocessed
+from medmamba.pipeline.references import keep_references
 from medmamba.pipeline.work import Work, check_network_name
 from medmamba.plans.budget import Budget
 from medmamba.plans.fingerprint import (
@@ -124,6 +125,7 @@ def plan(
         return outcome
     decided = decide(fingerprint, raw.description, work, request)
     _write_splits(raw, work)
+    keep_references(raw, work)
     outcome = replace(outcome, plan=decided, plan_path=work.plan(network))
     if request.until == "plan":
         return outcome

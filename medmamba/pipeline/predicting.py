@@ -107,7 +107,7 @@ def predict(
         file_ending=bundle.plan.file_ending or None,
     )
     require_writable_folder(Path(output))
-    predictor = _make_predictor(
+    predictor = make_predictor(
         bundle, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
         workers=workers,
     )  # fmt: skip
@@ -125,16 +125,17 @@ def predict(
     return PredictOutcome(run=run)
 
 
-def _make_predictor(
+def make_predictor(
     bundle: Bundle,
     *,
-    mirror: bool,
-    step: float,
-    precision: str,
-    device: str,
-    compat: bool,
-    workers: int | None,
+    mirror: bool = False,
+    step: float = 0.5,
+    precision: str = "auto",
+    device: str = "auto",
+    compat: bool = False,
+    workers: int | None = None,
 ) -> "Predictor":
+    """Load the networks of a bundle onto a device; arguments as of ``predict``."""
     import torch
 
     from medmamba.inference.predictor import PredictionSettings, Predictor

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medmamba.bundle import MODEL_FOLDER, save_bundle
+from medmamba.bundle import MODEL_FOLDER, load_bundle, save_bundle
 from medmamba.dataset import Split, read_splits, split_for_fold
 from medmamba.errors import CheckpointError, PlanError, UsageError
 from medmamba.pipeline.cascade import (
@@ -67,6 +67,7 @@ def train(
     precision: str = "auto",
     device: str = "auto",
     deterministic: bool = False,
+    validate: bool = True,
     on_epoch: "Callable[[EpochReport], None] | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> TrainOutcome:
@@ -101,6 +102,7 @@ def train(
         precision: ``auto`` takes bf16 where the device has it natively.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         deterministic: bit-exact on GPUs too; CPU runs always are.
+        validate: at the end, predict and score the fold's validation cases as wholes.
         on_epoch: called after every epoch.
         on_message: called with what was chosen and why.
 
@@ -176,6 +178,8 @@ def train(
         model = setup.run_folder / MODEL_FOLDER
         if team.leads:
             _write_model(model, decided, name, fold, setup, result, previous)
+            if validate and fold != "all" and previous is None:
+                _validate(place, setup, model, on_message)
         return TrainOutcome(
             run_folder=setup.run_folder,
             model=model,
@@ -264,6 +268,27 @@ def _announce(
         f"{setup.recipe.loss}, {setup.recipe.optimizer}, "
         f"{setup.recipe.augmentation if setup.recipe.augmentation != 'none' else 'no'} augmentation"
     )
+
+
+def _validate(
+    place: Work, setup: "TrainingSetup", model: Path, say: Callable[[str], None] | None
+) -> None:
+    """Score whole validation cases; a work folder without label images gets a message instead."""
+    from medmamba.pipeline.validating import validate_cases
+
+    tell = say or (lambda text: None)
+    if not place.references.is_dir():
+        tell("no validation of whole cases: plan the dataset again to copy its label images")
+        return
+    tell(f"validating {len(setup.split.validation)} whole cases")
+    found = validate_cases(
+        load_bundle(model), place, setup.split.validation, setup.run_folder, device=setup.device
+    )
+    scores = ", ".join(
+        f"{name} {'-' if dice is None else format(dice, '.4f')}"
+        for name, dice in found.dice.items()
+    )
+    tell(f"Dice of whole validation cases: {scores} ({found.seconds:.0f} s)")
 
 
 def _write_model(

@@ -5,6 +5,7 @@
     work/
       dataset.json  verification.json  fingerprint.json  dataset_fingerprint.json  splits.json
       plans/<network>.json
+      references/<case>          label images of the training cases
       preprocessed/<configuration>-<key>/<case>...
       previous/<network>/<configuration>/fold_<n>/<case>...   labels of a cascade's first stage
       runs/<network>/<configuration>/fold_<n>/   checkpoints, log.jsonl, curves.png, model/
@@ -69,6 +70,11 @@ class Work:
     def splits(self) -> Path:
         """Training and validation cases of each fold."""
         return self.folder / "splits.json"
+
+    @property
+    def references(self) -> Path:
+        """Label images of the training cases, for scoring whole cases."""
+        return self.folder / "references"
 
     def plan(self, network: str) -> Path:
         """What will be done with one network."""

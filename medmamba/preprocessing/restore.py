@@ -23,7 +23,7 @@ from medmamba.preprocessing.resample import (
     partial_operator,
     separate_axis,
 )
-from medmamba.volume import Box
+from medmamba.volume import Box, Geometry
 
 SLAB_BYTES = 2 * 1024 * 1024
 """Size of one class of one slab in float32; a few of them stay in the cache."""
@@ -116,6 +116,29 @@ def labels_from_probabilities(
     else:
         result[:] = probabilities.argmax(axis=0)
     return result
+
+
+def on_working_grid(labels: NDArray[Any], record: UndoRecord) -> NDArray[Any]:
+    """Bring labels (D, H, W) of the raw grid to the working grid, by nearest neighbours.
+
+    For pictures beside what the network saw; training labels are resampled as the plan says.
+    """
+    turned = labels.transpose(record.transpose_forward)[box_slices(record.crop_box)]
+    pairs = zip(turned.shape, record.working_shape, strict=True)
+    picked: NDArray[Any] = turned[np.ix_(*(nearest_indices(old, new) for old, new in pairs))]
+    return picked
+
+
+def working_geometry(record: UndoRecord) -> Geometry:
+    """Return where the voxels of the working grid are, to within half of one."""
+    matrix = record.geometry.matrix
+    turned = np.eye(4)
+    scale = np.array(record.working_spacing_mm) / np.array(record.spacing_mm)
+    turned[:3, :3] = matrix[:3, list(record.transpose_forward)] * scale
+    corner = np.zeros(3)
+    corner[list(record.transpose_forward)] = [start for start, _ in record.crop_box]
+    turned[:3, 3] = matrix[:3, :3] @ corner + matrix[:3, 3]
+    return Geometry.from_matrix(record.working_shape, turned)
 
 
 def softmax(values: NDArray[np.float32]) -> NDArray[np.float32]:
