@@ -61,6 +61,8 @@ Problem read_inputs(Reader& reader) {
   p.softplus = reader.number() != 0;
   p.reset_every = reader.number();
   p.segment = reader.number();
+  p.reset_offset = reader.number();
+  p.exclusive = reader.number() != 0;
   p.states = reader.pointer<float>();
   return p;
 }
@@ -68,6 +70,7 @@ Problem read_inputs(Reader& reader) {
 void forward(const std::vector<int64_t>& values, int threads, const std::string& instruction_set) {
   Reader reader(values);
   Problem p = read_inputs(reader);
+  p.partial = reader.rows();
   p.out = reader.rows();
   p.h_last = reader.pointer<float>();
   reader.finish();

@@ -51,9 +51,11 @@ void over_items(const Conv& p, size_t items, int threads, const Work& work) {
   const int64_t most = std::min<int64_t>(int64_t(items), p.batch * p.length * p.channels / kValuesPerThread);
   const int used = int(std::max<int64_t>(1, std::min<int64_t>(threads, most)));
   std::atomic<size_t> next{0};
-  on_threads(used, [&](int, Barrier&) {
+  Lease lease(used);
+  const auto share = [&](int) {
     for (size_t i = next++; i < items; i = next++) work(i);
-  });
+  };
+  if (!lease.run(share)) share(0);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Work is cut by shape alone, and shares are added in a fixed order, so that every result is bitwise the same
-// for any number of threads. Threads live for one call: nothing survives a fork, nothing is pinned.
+// Sums are taken in an order that follows from the shape alone, so that every result is bitwise the same for any
+// number of threads: over blocks of channels first to last, over states one half after the other.
 #include "driver.hpp"
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace medmamba {
 namespace {
 
 // Below this many elements (token x channel x state) a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 1 << 20;
-constexpr int64_t kPanel = int64_t(kPanelTiles) * kTile;
+constexpr int64_t kElementsPerThread = 1 << 18;
+constexpr int kShareBuffers = 2;  // a panel's shares are summed while the next is under way
 
 const Kernels& kernels_named(const std::string& name) {
   for (const std::string& known : instruction_sets()) {
@@ -51,16 +51,36 @@ std::vector<Item> items_of(const Problem& p, int64_t most) {
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int64_t i = 0; i < p.blocks_per_group(); i += most) {
         const int64_t count = std::min(most, p.blocks_per_group() - i);
-        items.push_back({b, g * p.blocks_per_group() + i, int(count)});
+        items.push_back({b, g * p.blocks_per_group() + i, int(count), -1, nullptr});
       }
     }
   }
   return items;
 }
 
-int useful_threads(const Problem& p, int threads, size_t items) {
+// Where there are two threads for each block, one takes each half of its states: item 2i and 2i + 1.
+std::vector<Item> halves_of(const std::vector<Item>& items, std::vector<Exchange>& exchanges) {
+  std::vector<Item> halves;
+  exchanges = std::vector<Exchange>(items.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    for (int half : {0, 1}) {
+      halves.push_back(items[i]);
+      halves.back().half = half;
+      halves.back().exchange = &exchanges[i];
+    }
+  }
+  return halves;
+}
+
+bool can_halve(const Problem& p, int64_t items, int threads) {
+  return 2 * items <= threads && p.padded_state() > kStatePadding;
+}
+
+int64_t all_blocks(const Problem& p) { return p.batch * p.blocks(); }
+
+int useful_threads(const Problem& p, int threads) {
   const int64_t elements = p.batch * p.length * p.channels * p.state;
-  const int64_t most = std::min<int64_t>(int64_t(items), elements / kElementsPerThread);
+  const int64_t most = std::min<int64_t>(2 * all_blocks(p), elements / kElementsPerThread);
   return int(std::max<int64_t>(1, std::min<int64_t>(threads, most)));
 }
 
@@ -91,11 +111,14 @@ int64_t forward_blocks(const Problem& p, int threads) {
   return best;
 }
 
+// The share of one tile in dB or dC.
+int64_t share_floats(const Problem& p) { return kTile * p.padded_state(); }
+
 // What the backward of one item owns besides the scratch of its thread.
 struct ItemMemory {
   ItemMemory(const Problem& p, const Kernels& kernels, const Item& item) {
     const int64_t states = p.state_floats();
-    const int64_t share = std::min(kPanel, p.tiles() * kTile) * p.padded_state();
+    const int64_t share = kShareBuffers * std::min<int64_t>(kPanelTiles, p.tiles()) * share_floats(p);
     const int64_t floats = 3 * states + 2 * kLanes + 2 * share;
     memory = std::make_unique<Aligned>(floats);
     std::memset(memory->data, 0, size_t(floats) * 4);
@@ -109,18 +132,25 @@ struct ItemMemory {
   BackwardCarry carry;
 };
 
-// Adds the shares of one group's items, first to last, and stores the rows of one tile.
+// Adds the shares of one group's items, first to last, and stores the rows of one tile; `at` counts floats.
 void store_shares(const Problem& p, const Kernels& kernels, const Rows& rows, bool is_B,
                   const std::vector<Item>& items, std::vector<ItemMemory>& memory, size_t first,
-                  size_t last, int64_t tile, int64_t row) {
+                  size_t last, int64_t tile, int64_t at) {
   if (rows.data == nullptr) return;
   const auto share = [&](size_t i) {
-    return (is_B ? memory[i].carry.grad_B : memory[i].carry.grad_C) + row * p.padded_state();
+    return (is_B ? memory[i].carry.grad_B : memory[i].carry.grad_C) + at;
   };
+  const int64_t middle = kTile * p.half_state();  // a share holds the first half of the states first
   float* total = share(first);
   for (size_t i = first + 1; i < last; ++i) {
     const float* other = share(i);
-    for (int64_t at = 0; at < kTile * p.padded_state(); ++at) total[at] += other[at];
+    const int64_t from = items[i].half == 1 ? middle : 0;
+    const int64_t to = items[i].half == 0 ? middle : share_floats(p);
+    if (i == first + 1 && items[i].half == 1) {  // the other half of the first item
+      std::copy(other + from, other + to, total + from);
+    } else {
+      for (int64_t k = from; k < to; ++k) total[k] += other[k];
+    }
   }
   const int64_t group = items[first].block / p.blocks_per_group();
   kernels.store_projection(p, rows, items[first].batch, group, tile, total);
@@ -131,13 +161,13 @@ void add_parameters(const Problem& p, const Kernels& kernels, const std::vector<
                     const std::vector<ItemMemory>& memory) {
   for (size_t i = 0; i < items.size(); ++i) {
     const BackwardCarry& carry = memory[i].carry;
-    const int64_t block = items[i].block;
-    if (p.grad_A) kernels.add_state(p, block, carry.grad_A, p.grad_A);
-    if (p.grad_skip) kernels.add_channels(p, block, carry.grad_skip, p.grad_skip);
-    if (p.grad_delta_bias) kernels.add_channels(p, block, carry.grad_bias, p.grad_delta_bias);
+    const Item& item = items[i];
+    if (p.grad_A) kernels.add_state(p, item, carry.grad_A, p.grad_A);
+    if (p.grad_skip) kernels.add_channels(p, item.block, carry.grad_skip, p.grad_skip);
+    if (p.grad_delta_bias) kernels.add_channels(p, item.block, carry.grad_bias, p.grad_delta_bias);
     if (p.grad_h0) {
-      float* start = p.grad_h0 + items[i].batch * p.channels * p.state;
-      kernels.add_state(p, block, carry.adjoint, start);
+      float* start = p.grad_h0 + item.batch * p.channels * p.state;
+      kernels.add_state(p, item, carry.adjoint, start);
     }
   }
 }
@@ -174,67 +204,127 @@ std::vector<int64_t> states_shape(int64_t batch, int64_t length, int64_t channel
   return {batch, p.tiles(), p.blocks(), p.padded_state(), kLanes};
 }
 
+namespace {
+
+// Runs attempt(lease) until it says that it was done; a second time at most, with one thread.
+template <class Attempt>
+void with_threads(int threads, const Attempt& attempt) {
+  Lease lease(threads);
+  while (!attempt(lease)) {
+  }
+}
+
+}  // namespace
+
 void run_forward(const Problem& p, int threads, const std::string& instruction_set) {
   const Kernels& kernels = kernels_named(instruction_set);
   if (is_empty(p)) return;
   check_order(p);
-  const std::vector<Item> items = items_of(p, forward_blocks(p, threads));
-  threads = useful_threads(p, threads, items.size());
-  std::atomic<size_t> next{0};
   const int64_t scratch = padded(kernels.forward_scratch(p));
-  Aligned memory(scratch * threads);
-  on_threads(threads, [&](int thread, Barrier&) {
-    for (size_t i = next++; i < items.size(); i = next++) {
-      kernels.forward(p, items[i], memory.data + thread * scratch);
+  with_threads(useful_threads(p, threads), [&](Lease& lease) {
+    std::vector<Exchange> exchanges;
+    std::vector<Item> items;
+    if (can_halve(p, all_blocks(p), lease.threads())) {
+      items = halves_of(items_of(p, 1), exchanges);
+    } else {
+      items = items_of(p, forward_blocks(p, lease.threads()));
     }
+    std::atomic<size_t> next{0};
+    Aligned memory(scratch * lease.threads());
+    return lease.run([&](int thread) {
+      // both halves of a block are taken before any other block: nobody waits for what nobody does
+      for (size_t i = next++; i < items.size(); i = next++) {
+        kernels.forward(p, items[i], memory.data + thread * scratch);
+      }
+    });
   });
 }
+
+namespace {
+
+// Tiles last to first, a panel at a time. Each thread keeps its items; who finishes a panel sums its shares.
+class Backward {
+ public:
+  Backward(const Problem& p, const Kernels& kernels, int threads)
+      : p_(p), kernels_(kernels), threads_(threads), items_(items_of(p, 1)) {
+    if (can_halve(p, all_blocks(p), threads)) items_ = halves_of(items_, exchanges_);
+    for (const Item& item : items_) memory_.emplace_back(p, kernels, item);
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (items_[i].block % p.blocks_per_group() == 0 && items_[i].half < 1) starts_.push_back(i);
+    }
+    starts_.push_back(items_.size());
+    panels_ = (p.tiles() + kPanelTiles - 1) / kPanelTiles;
+    scratch_ = padded(kernels.backward_scratch(p));
+    scratches_ = std::make_unique<Aligned>(scratch_ * threads);
+    remaining_ = std::vector<std::atomic<int64_t>>(size_t(panels_));
+    for (auto& remaining : remaining_) remaining = int64_t(items_.size());
+    summed_.assign(size_t(panels_ + kShareBuffers), 0);
+    std::fill(summed_.begin() + panels_, summed_.end(), 1);
+  }
+
+  void work(int thread) {
+    const int64_t count = int64_t(items_.size());
+    const int64_t first = count * thread / threads_, last = count * (thread + 1) / threads_;
+    for (int64_t panel = panels_ - 1; panel >= 0; --panel) {
+      await(&summed_[size_t(panel + kShareBuffers)], 1);
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t tile = end_of(panel) - 1; tile >= panel * kPanelTiles; --tile) {
+          kernels_.backward_tile(p_, items_[size_t(i)], tile, share_of(panel, tile), memory_[size_t(i)].carry,
+                                 scratches_->data + thread * scratch_);
+        }
+      }
+      if (last > first && remaining_[size_t(panel)].fetch_sub(last - first) == last - first) sum(panel);
+    }
+  }
+
+  void finish() const { add_parameters(p_, kernels_, items_, memory_); }
+
+ private:
+  int64_t end_of(int64_t panel) const { return std::min((panel + 1) * kPanelTiles, p_.tiles()); }
+
+  int64_t share_of(int64_t panel, int64_t tile) const {
+    const int64_t tiles = std::min<int64_t>(kPanelTiles, p_.tiles());
+    return (panel % kShareBuffers * tiles + tile - panel * kPanelTiles) * share_floats(p_);
+  }
+
+  void sum(int64_t panel) {
+    for (int64_t tile = panel * kPanelTiles; tile < end_of(panel); ++tile) {
+      for (size_t group = 0; group + 1 < starts_.size(); ++group) {
+        const size_t from = starts_[group], to = starts_[group + 1];
+        const int64_t at = share_of(panel, tile);
+        store_shares(p_, kernels_, p_.grad_B, true, items_, memory_, from, to, tile, at);
+        store_shares(p_, kernels_, p_.grad_C, false, items_, memory_, from, to, tile, at);
+      }
+    }
+    publish(&summed_[size_t(panel)], 1);
+  }
+
+  const Problem& p_;
+  const Kernels& kernels_;
+  const int threads_;
+  std::vector<Exchange> exchanges_;
+  std::vector<Item> items_;
+  std::vector<ItemMemory> memory_;
+  std::vector<size_t> starts_;  // first item of every (batch, group)
+  int64_t panels_, scratch_;
+  std::unique_ptr<Aligned> scratches_;
+  std::vector<std::atomic<int64_t>> remaining_;  // items to do, by panel
+  std::vector<int64_t> summed_;                  // 1 once the shares of a panel are stored
+};
+
+}  // namespace
 
 void run_backward(const Problem& p, int threads, const std::string& instruction_set) {
   const Kernels& kernels = kernels_named(instruction_set);
   zero_parameters(p);
   if (is_empty(p)) return;
   check_order(p);
-  const std::vector<Item> items = items_of(p, 1);
-  threads = useful_threads(p, threads, items.size());
-  std::vector<ItemMemory> memory;
-  memory.reserve(items.size());
-  for (const Item& item : items) memory.emplace_back(p, kernels, item);
-  std::vector<size_t> starts;  // first item of every (batch, group)
-  for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].block % p.blocks_per_group() == 0) starts.push_back(i);
-  }
-  starts.push_back(items.size());
-  const int64_t panels = (p.tiles() + kPanelTiles - 1) / kPanelTiles;
-  const int64_t scratch = padded(kernels.backward_scratch(p));
-  Aligned scratches(scratch * threads);
-  std::vector<std::atomic<int64_t>> next_item(static_cast<size_t>(panels));
-  std::vector<std::atomic<int64_t>> next_tile(static_cast<size_t>(panels));
-  on_threads(threads, [&](int thread, Barrier& barrier) {
-    for (int64_t panel = panels - 1; panel >= 0; --panel) {
-      const int64_t first = panel * kPanelTiles;
-      const int64_t last = std::min(first + kPanelTiles, p.tiles());
-      const int64_t count = int64_t(items.size());
-      for (int64_t i = next_item[panel]++; i < count; i = next_item[panel]++) {
-        for (int64_t tile = last - 1; tile >= first; --tile) {
-          kernels.backward_tile(p, items[i], tile, int((tile - first) * kTile), memory[i].carry,
-                                scratches.data + thread * scratch);
-        }
-      }
-      barrier.wait();
-      const int64_t groups = int64_t(starts.size()) - 1;
-      const int64_t jobs = groups * (last - first);
-      for (int64_t job = next_tile[panel]++; job < jobs; job = next_tile[panel]++) {
-        const int64_t tile = first + job / groups;
-        const size_t from = starts[job % groups], to = starts[job % groups + 1];
-        const int64_t row = (tile - first) * kTile;
-        store_shares(p, kernels, p.grad_B, true, items, memory, from, to, tile, row);
-        store_shares(p, kernels, p.grad_C, false, items, memory, from, to, tile, row);
-      }
-      barrier.wait();
-    }
+  with_threads(useful_threads(p, threads), [&](Lease& lease) {
+    Backward backward(p, kernels, lease.threads());
+    const bool done = lease.run([&](int thread) { backward.work(thread); });
+    if (done) backward.finish();
+    return done;
   });
-  add_parameters(p, kernels, items, memory);
 }
 
 }  // namespace medmamba

@@ -42,7 +42,8 @@ Tokens tokens_of(const Problem& p, int64_t tile) {
 // First position after t at which the state is zeroed, at most count.
 int next_reset(const Problem& p, int64_t first, int t, int count) {
   if (p.reset_every <= 0) return count;
-  const int64_t position = (first + t) / p.reset_every * p.reset_every + p.reset_every - first;
+  const int64_t period = (first + t + p.reset_offset) / p.reset_every + 1;
+  const int64_t position = period * p.reset_every - p.reset_offset - first;
   return position < count ? int(position) : count;
 }
 
@@ -57,8 +58,8 @@ void gather_state(const float* from, const Block& block, const Problem& p, float
   }
 }
 
-void scatter_state(const float* from, const Block& block, const Problem& p, float* to) {
-  for (int64_t n = 0; n < p.state; ++n) {
+void scatter_state(const float* from, const Block& block, const Problem& p, int first, int last, float* to) {
+  for (int64_t n = first; n < last && n < p.state; ++n) {
     for (int lane = 0; lane < block.lanes; ++lane) {
       to[(block.channel + lane) * p.state + n] = from[n * kLanes + lane];
     }
@@ -81,22 +82,25 @@ void channel_row(const float* from, const Block& block, float* row) {
   }
 }
 
-// delta -> step sizes in place; returns the largest magnitude. A NaN does not count: exp2 hands it on.
-float step_sizes(const Problem& p, const Block& block, int count, float* dt) {
+// delta -> step sizes in place, x = dt u, and the slope of softplus where it is wanted; returns the largest step.
+// A NaN does not count: exp2 hands it on.
+float step_sizes(const Problem& p, const Block& block, int count, float* dt, const float* u, float* x,
+                 float* slope) {
   float bias[kLanes];
   channel_row(p.delta_bias, block, bias);
   const Exp2Table table = exp2_table();
   Vec largest = Vec{};
-  for (int v = 0; v < kVectors; ++v) {
-    const Vec add = load(bias + v * kWidth);
-    for (int t = 0; t < count; ++t) {
-      float* row = dt + t * kLanes + v * kWidth;
-      Vec value = load(row) + add;
-      if (p.softplus) value = softplus(value, table);
-      store(row, value);
-      const Vec magnitude = as_float(as_int(value) & 0x7fffffff);
-      largest = magnitude > largest ? magnitude : largest;
+  for (int at = 0; at < count * kLanes; at += kWidth) {
+    Vec value = load(dt + at) + load(bias + at % kLanes);
+    if (p.softplus) {
+      const Vec e = exp_of_minus_magnitude(value, table);
+      if (slope != nullptr) store(slope + at, (value < 0.0f ? e : splat(1.0f)) * reciprocal(e + 1.0f));
+      value = softplus_of(value, e);
     }
+    store(dt + at, value);
+    store(x + at, value * load(u + at));
+    const Vec magnitude = as_float(as_int(value) & 0x7fffffff);
+    largest = magnitude > largest ? magnitude : largest;
   }
   float result = 0.0f;
   for (int i = 0; i < kWidth; ++i) result = largest[i] > result ? largest[i] : result;
@@ -122,216 +126,298 @@ MEDMAMBA_INLINE Vec decay_of(Vec dt, Vec rate, const Exp2Table& table) {
   return kOrdinary ? exp2_product(dt, rate, table) : exp2_product_safe(dt, rate, table);
 }
 
+// Rows to ask for while a tile is scanned, one token at a time: in one burst they would stop the processor.
+struct Prefetch {
+  static constexpr int kMost = 8;
+  const Tokens* tokens[kMost];
+  const char* base[kMost];
+  int64_t stride[kMost];
+  int count = 0;
+
+  void add(const Rows& rows, int64_t offset, const Tokens& of) {
+    if (rows.data == nullptr || rows.channel_stride != 1) return;
+    const int64_t size = rows.type == Type::float32 ? 4 : 2;
+    tokens[count] = &of;
+    base[count] = static_cast<const char*>(rows.data) + offset * size;
+    stride[count++] = rows.token_stride * size;
+  }
+};
+
+MEDMAMBA_INLINE void prefetch(const Prefetch& rows, int t) {
+  for (int i = 0; i < rows.count; ++i) {
+    if (t < rows.tokens[i]->count) {
+      __builtin_prefetch(rows.base[i] + rows.tokens[i]->token[t] * rows.stride[i], 0, 2);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- forward
 
 struct ForwardTile {
-  float *dt, *x, *y;     // [token][lane]
+  float *dt, *u, *x;     // [token][lane]
+  float* y[2];           // sums over each half of the states
   const float *B, *C;    // [token][padded state]
   float* decay;          // [token of a segment][state], where there are segments
+  const Prefetch* ahead; // null once its rows have been asked for
   int padded_state;
   int segment;
 };
 
 // One segment of the local-bidirectional mode: the recurrence backwards from zero, each token's own input left out.
 template <int kStates>
-MEDMAMBA_INLINE void add_local_states(const ForwardTile& tile, int from, int to) {
+MEDMAMBA_INLINE void add_local_states(const ForwardTile& tile, float* sums, int from, int to) {
   Vec e[kStates] = {};  // state of the token behind, its own input included
   for (int t = to - 1; t >= from; --t) {
     const Vec x = load(tile.x + t * kLanes);
     const float* B = tile.B + t * tile.padded_state;
     const float* C = tile.C + t * tile.padded_state;
     const float* decay = tile.decay + (t - from) * kStates * kWidth;
-    Vec y[2] = {load(tile.y + t * kLanes), Vec{}};
+    Vec y = load(sums + t * kLanes);
     MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
       const Vec local = load(decay + n * kWidth) * e[n];
-      y[n % 2] += local * C[n];
+      y += local * C[n];
       e[n] = local + x * B[n];
     }
-    store(tile.y + t * kLanes, y[0] + y[1]);
+    store(sums + t * kLanes, y);
   }
 }
 
-// kStates states of one vector of channels over the tokens [from, to), adding to y.
-template <int kStates, bool kOrdinary, bool kLocal>
-void scan_states(const ForwardTile& tile, int from, int to, const float* rates, float* state) {
+// kHalves times kStates states of one vector of channels over the tokens [from, to), adding to the sums; both
+// halves at once write the sum of both.
+template <int kStates, int kHalves, bool kOrdinary, bool kLocal, bool kExclusive>
+void scan_states(const ForwardTile& tile, float* sums, int from, int to, const float* rates, float* state) {
   const Exp2Table table = exp2_table();
-  Vec h[kStates], A[kStates];
-  MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
-    h[n] = load(state + n * kLanes);
-    A[n] = load(rates + n * kLanes);
-  }
+  Vec h[kHalves * kStates];
+  MEDMAMBA_UNROLL for (int n = 0; n < kHalves * kStates; ++n) h[n] = load(state + n * kLanes);
   int segment_start = from;
   for (int t = from; t < to; ++t) {
     const Vec dt = load(tile.dt + t * kLanes), x = load(tile.x + t * kLanes);
     const float* B = tile.B + t * tile.padded_state;
     const float* C = tile.C + t * tile.padded_state;
-    Vec y[2] = {load(tile.y + t * kLanes), Vec{}};
-    MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) {
-      const Vec decay = decay_of<kOrdinary>(dt, A[n], table);
+    Vec y[kHalves] = {};
+    MEDMAMBA_UNROLL for (int n = 0; n < kHalves * kStates; ++n) {
+      const Vec decay = decay_of<kOrdinary>(dt, load(rates + n * kLanes), table);
       if (kLocal) store(tile.decay + ((t - segment_start) * kStates + n) * kWidth, decay);
-      h[n] = decay * h[n] + x * B[n];
-      y[n % 2] += h[n] * C[n];
+      const Vec before = decay * h[n];
+      h[n] = kExclusive ? before + x * B[n] : decay * h[n] + x * B[n];
+      y[n / kStates] += (kExclusive ? before : h[n]) * C[n];
     }
-    store(tile.y + t * kLanes, y[0] + y[1]);
+    if (kHalves == 2) {
+      store(sums + t * kLanes, y[0] + y[kHalves - 1]);
+    } else {
+      store(sums + t * kLanes, load(sums + t * kLanes) + y[0]);
+    }
+    if (tile.ahead != nullptr) prefetch(*tile.ahead, t);
     if (kLocal && (t + 1 == to || t + 1 - segment_start == tile.segment)) {
-      add_local_states<kStates>(tile, segment_start, t + 1);
+      add_local_states<kStates>(tile, sums, segment_start, t + 1);
       segment_start = t + 1;
     }
   }
-  MEDMAMBA_UNROLL for (int n = 0; n < kStates; ++n) store(state + n * kLanes, h[n]);
+  MEDMAMBA_UNROLL for (int n = 0; n < kHalves * kStates; ++n) store(state + n * kLanes, h[n]);
 }
 
-template <int kStates, bool kOrdinary>
-void scan(const ForwardTile& tile, int from, int to, const float* rates, float* state) {
-  if (tile.segment > 0) {
-    scan_states<kStates, kOrdinary, true>(tile, from, to, rates, state);
+template <int kStates, int kHalves, bool kOrdinary>
+void scan(const ForwardTile& tile, float* sums, int from, int to, const float* rates, float* state,
+          bool exclusive) {
+  if (kHalves == 1 && tile.segment > 0) {
+    scan_states<kStates, 1, kOrdinary, true, false>(tile, sums, from, to, rates, state);
+  } else if (exclusive) {
+    scan_states<kStates, kHalves, kOrdinary, false, true>(tile, sums, from, to, rates, state);
   } else {
-    scan_states<kStates, kOrdinary, false>(tile, from, to, rates, state);
+    scan_states<kStates, kHalves, kOrdinary, false, false>(tile, sums, from, to, rates, state);
   }
 }
 
+// Whether both halves are computed together, which leaves their sum in the rows of the first.
+bool is_joint(const Problem& p, int first, int last) {
+  return kWidth == 16 && first == 0 && last == 16 && p.segment == 0;
+}
+
+// The states [first, last) over the tokens [from, to). Whatever is computed together, each half has its own sum.
 template <bool kOrdinary>
-void scan_range(const ForwardTile& tile, int from, int to, const float* rates, float* state) {
-  constexpr int kMost = kWidth == 16 ? 16 : 4;
+void scan_range(const Problem& p, ForwardTile tile, int first, int last, int from, int to,
+                const float* rates, float* state) {
+  constexpr int kMost = kWidth == 16 ? 8 : 4;
+  const ForwardTile whole = tile;
+  const int half = int(p.half_state());
   for (int v = 0; v < kVectors; ++v) {
-    ForwardTile part = tile;
-    part.dt += v * kWidth;
-    part.x += v * kWidth;
-    part.y += v * kWidth;
-    int n = 0;
-    for (; n + kMost <= tile.padded_state; n += kMost) {
-      part.B = tile.B + n;
-      part.C = tile.C + n;
+    tile.dt = whole.dt + v * kWidth;
+    tile.x = whole.x + v * kWidth;
+    for (int n = first; n < last;) {
+      float* sums = whole.y[n >= half] + v * kWidth;
+      tile.B = whole.B + n;
+      tile.C = whole.C + n;
       const int at = n * kLanes + v * kWidth;
-      scan<kMost, kOrdinary>(part, from, to, rates + at, state + at);
-    }
-    for (; n < tile.padded_state; n += kStatePadding) {
-      part.B = tile.B + n;
-      part.C = tile.C + n;
-      const int at = n * kLanes + v * kWidth;
-      scan<kStatePadding, kOrdinary>(part, from, to, rates + at, state + at);
+      const int stop = n < half ? (half < last ? half : last) : last;
+      if (is_joint(p, n, last)) {
+        scan<kMost, 2, kOrdinary>(tile, sums, from, to, rates + at, state + at, p.exclusive);
+        n += 2 * kMost;
+      } else if (n + kMost <= stop) {
+        scan<kMost, 1, kOrdinary>(tile, sums, from, to, rates + at, state + at, p.exclusive);
+        n += kMost;
+      } else {
+        scan<kStatePadding, 1, kOrdinary>(tile, sums, from, to, rates + at, state + at, p.exclusive);
+        n += kStatePadding;
+      }
+      tile.ahead = nullptr;
     }
   }
 }
 
-// Step sizes, inputs and the skip term of one block; returns whether the ordinary exp2 will do.
-void open_tile(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-               const ForwardTile& tile) {
-  load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, tile.x);
-  float skip[kLanes];
-  channel_row(p.skip, block, skip);
-  for (int v = 0; v < kLanes; v += kWidth) {
-    const Vec factor = load(skip + v);
-    for (int t = 0; t < tokens.count; ++t) {
-      const int at = t * kLanes + v;
-      const Vec u = load(tile.x + at);
-      store(tile.y + at, p.skip ? factor * u : Vec{});
-      store(tile.x + at, load(tile.dt + at) * u);
-    }
+// Inputs of one block; the sums start at zero. Returns the largest step.
+float open_tile(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
+                const ForwardTile& tile, bool joint) {
+  load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, tile.dt);
+  load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, tile.u);
+  if (!joint) {
+    for (float* sums : tile.y) std::memset(sums, 0, sizeof(float) * kTileFloats);
   }
+  return step_sizes(p, block, tokens.count, tile.dt, tile.u, tile.x, nullptr);
 }
 
 void close_tile(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-                const ForwardTile& tile) {
-  if (p.gate.data != nullptr) {
-    float* gate = tile.x;  // no longer needed
-    load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, gate);
-    const Exp2Table table = exp2_table();
-    for (int at = 0; at < tokens.count * kLanes; at += kWidth) {
+                const ForwardTile& tile, const float* other_half) {
+  float skip[kLanes];
+  channel_row(p.skip, block, skip);
+  const bool gated = p.gate.data != nullptr, added = p.partial.data != nullptr;
+  float *gate = tile.x, *partial = tile.dt, *y = tile.y[0];  // rows no longer needed
+  if (gated) load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, gate);
+  if (added) load_tile(p.partial, row_offset(p.partial, item.batch, block), tokens, block.lanes, partial);
+  const Exp2Table table = exp2_table();
+  for (int at = 0; at < tokens.count * kLanes; at += kWidth) {
+    Vec sum = load(y + at);
+    if (other_half != nullptr) sum += load(other_half + at);
+    if (p.skip) sum += load(skip + at % kLanes) * load(tile.u + at);
+    if (added) sum += load(partial + at);
+    if (gated) {
       const Vec z = load(gate + at);
-      store(tile.y + at, load(tile.y + at) * z * sigmoid(z, table));
+      sum *= z * sigmoid(z, table);
     }
+    store(y + at, sum);
   }
-  store_tile(p.out, row_offset(p.out, item.batch, block), tokens, block.lanes, tile.y);
+  store_tile(p.out, row_offset(p.out, item.batch, block), tokens, block.lanes, y);
 }
 
+constexpr int kForwardRows = 5;
+
 int64_t forward_scratch(const Problem& p) {
-  return 3 * kTileFloats + 2 * kTile * p.padded_state() + kMaxBlocks * 2 * p.state_floats() +
+  return kForwardRows * kTileFloats + 2 * kTile * p.padded_state() + kMaxBlocks * 2 * p.state_floats() +
          p.segment * kLanes * kLanes;
 }
 
-void forward(const Problem& p, const Item& item, float* scratch) {
+// What the forward of an item carries from tile to tile.
+struct Forward {
   ForwardTile tile;
-  tile.dt = scratch;
-  tile.x = tile.dt + kTileFloats;
-  tile.y = tile.x + kTileFloats;
-  float* B = tile.y + kTileFloats;
-  float* C = B + kTile * p.padded_state();
-  float* states = C + kTile * p.padded_state();
-  float* rates = states + kMaxBlocks * p.state_floats();
-  tile.B = B;
-  tile.C = C;
-  tile.decay = rates + kMaxBlocks * p.state_floats();
-  tile.padded_state = int(p.padded_state());
-  tile.segment = int(p.segment);
+  float *B, *C, *states, *rates;
   float fastest[kMaxBlocks];
-  const int64_t group = block_at(p, item.block).group;
+  int first_state, last_state;
+};
+
+Forward begin_forward(const Problem& p, const Item& item, float* scratch) {
+  Forward f;
+  float** const rows[kForwardRows] = {&f.tile.dt, &f.tile.u, &f.tile.x, &f.tile.y[0], &f.tile.y[1]};
+  for (float** row : rows) *row = scratch, scratch += kTileFloats;
+  f.tile.B = f.B = scratch;
+  f.tile.C = f.C = f.B + kTile * p.padded_state();
+  f.states = f.C + kTile * p.padded_state();
+  f.rates = f.states + kMaxBlocks * p.state_floats();
+  f.tile.decay = f.rates + kMaxBlocks * p.state_floats();
+  f.tile.padded_state = int(p.padded_state());
+  f.tile.segment = int(p.segment);
+  f.first_state = item.half == 1 ? int(p.half_state()) : 0;
+  f.last_state = item.half == 0 ? int(p.half_state()) : int(p.padded_state());
   for (int i = 0; i < item.blocks; ++i) {
     const Block block = block_at(p, item.block + i);
     const float* h0 = p.h0 ? p.h0 + item.batch * p.channels * p.state : nullptr;
-    gather_state(h0, block, p, 1.0f, states + i * p.state_floats());
-    gather_state(p.A, block, p, kLog2E, rates + i * p.state_floats());
-    fastest[i] = largest_rate(p, rates + i * p.state_floats());
+    gather_state(h0, block, p, 1.0f, f.states + i * p.state_floats());
+    gather_state(p.A, block, p, kLog2E, f.rates + i * p.state_floats());
+    f.fastest[i] = largest_rate(p, f.rates + i * p.state_floats());
   }
+  return f;
+}
+
+// One block of one tile.
+void forward_block(const Problem& p, const Item& item, Forward& f, int i, int64_t number,
+                   const Tokens& tokens, const Tokens& next) {
+  const Block block = block_at(p, item.block + i);
+  const int64_t first = first_position(p, number), floats = p.state_floats();
+  const int64_t own = f.first_state * kLanes, owned = (f.last_state - f.first_state) * kLanes;
+  float* state = f.states + i * floats;
+  const float* rate = f.rates + i * floats;
+  if (p.resets_before(first)) std::memset(state, 0, sizeof(float) * size_t(floats));
+  if (p.states != nullptr) {
+    const int64_t at = (item.batch * p.tiles() + number) * p.blocks() + item.block + i;
+    std::memcpy(p.states + at * floats + own, state + own, sizeof(float) * size_t(owned));
+  }
+  const bool joint = is_joint(p, f.first_state, f.last_state);
+  const bool ordinary = is_ordinary(open_tile(p, item, block, tokens, f.tile, joint), f.fastest[i]);
+  Prefetch ahead;
+  for (const Rows* rows : {&p.u, &p.delta, &p.gate}) {
+    ahead.add(*rows, row_offset(*rows, item.batch, block), next);
+  }
+  ahead.add(p.out, row_offset(p.out, item.batch, block), tokens);
+  ForwardTile tile = f.tile;
+  tile.ahead = &ahead;
+  for (int t = 0; t < tokens.count;) {
+    const int to = next_reset(p, first, t, tokens.count);
+    if (ordinary) {
+      scan_range<true>(p, tile, f.first_state, f.last_state, t, to, rate, state);
+    } else {
+      scan_range<false>(p, tile, f.first_state, f.last_state, t, to, rate, state);
+    }
+    if (to < tokens.count) std::memset(state, 0, sizeof(float) * size_t(floats));
+    t = to;
+  }
+  if (item.half == 1) {
+    await(&item.exchange->consumed, number + 1 - kRing);
+    std::memcpy(item.exchange->rows[number % kRing][0], tile.y[1], sizeof(float) * kTileFloats);
+    publish(&item.exchange->produced, number + 1);
+  } else if (item.half == 0) {
+    await(&item.exchange->produced, number + 1);
+    close_tile(p, item, block, tokens, tile, item.exchange->rows[number % kRing][0]);
+    publish(&item.exchange->consumed, number + 1);
+  } else {
+    close_tile(p, item, block, tokens, tile, joint ? nullptr : tile.y[1]);
+  }
+}
+
+void forward(const Problem& p, const Item& item, float* scratch) {
+  Forward f = begin_forward(p, item, scratch);
+  const int64_t group = block_at(p, item.block).group;
   Tokens next = tokens_of(p, 0);
   for (int64_t number = 0; number < p.tiles(); ++number) {
     const Tokens tokens = next;
     next = tokens_of(p, number + 1);
-    const int64_t first = first_position(p, number);
-    load_projection(p.B, item.batch, group, p, tokens, B);
-    load_projection(p.C, item.batch, group, p, tokens, C);
-    for (int i = 0; i < item.blocks; ++i) {
-      const Block block = block_at(p, item.block + i);
-      float* state = states + i * p.state_floats();
-      if (p.reset_every > 0 && first > 0 && first % p.reset_every == 0) {
-        std::memset(state, 0, sizeof(float) * size_t(p.state_floats()));
-      }
-      if (p.states != nullptr) {
-        const int64_t at = (item.batch * p.tiles() + number) * p.blocks() + item.block + i;
-        std::memcpy(p.states + at * p.state_floats(), state, sizeof(float) * size_t(p.state_floats()));
-      }
-      load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, tile.dt);
-      const bool ordinary = is_ordinary(step_sizes(p, block, tokens.count, tile.dt), fastest[i]);
-      open_tile(p, item, block, tokens, tile);
-      for (const Rows* rows : {&p.u, &p.delta, &p.gate}) {
-        prefetch_tile<false>(*rows, row_offset(*rows, item.batch, block), next);
-      }
-      prefetch_tile<true>(p.out, row_offset(p.out, item.batch, block), tokens);
-      for (int t = 0; t < tokens.count;) {
-        const int to = next_reset(p, first, t, tokens.count);
-        const float* rate = rates + i * p.state_floats();
-        if (ordinary) {
-          scan_range<true>(tile, t, to, rate, state);
-        } else {
-          scan_range<false>(tile, t, to, rate, state);
-        }
-        if (to < tokens.count) std::memset(state, 0, sizeof(float) * size_t(p.state_floats()));
-        t = to;
-      }
-      close_tile(p, item, block, tokens, tile);
-    }
+    load_projection(p.B, item.batch, group, p, tokens, f.B);
+    load_projection(p.C, item.batch, group, p, tokens, f.C);
+    for (int i = 0; i < item.blocks; ++i) forward_block(p, item, f, i, number, tokens, next);
   }
   for (int i = 0; i < item.blocks; ++i) {
     const Block block = block_at(p, item.block + i);
     float* last = p.h_last + item.batch * p.channels * p.state;
-    scatter_state(states + i * p.state_floats(), block, p, last);
+    scatter_state(f.states + i * p.state_floats(), block, p, f.first_state, f.last_state, last);
   }
 }
 
 // --------------------------------------------------------------------------------------------- backward
 
+// Sums over the states of one half, [token][lane].
+struct Sums {
+  float *by_input, *by_rate;  // sum_n B g and sum_n A q
+  float* y;                   // y without the skip term, where the gate needs it
+};
+
 // One block: rows [token][lane], projections [token][padded state].
 struct BackwardTile {
-  float *dt, *u, *x;          // step size, input, dt u
-  float *slope;               // of softplus
-  float *dy;                  // gradient of y before the gate
-  float *by_input, *by_rate;  // sum_n B g and sum_n A q
-  float *y;                   // y without the skip term, where the gate needs it
-  float *gate_slope;          // dout d silu(z)
-  float *decay, *carried;     // [token][state of a group]: exp(dt A), and exp(dt A) h_{t-1}
-  float *local;               // the same for the local state of a segment
+  float *dt, *u, *x;   // step size, input, dt u
+  float* slope;        // of softplus
+  float* dy;           // gradient of y before the gate
+  float* gate_slope;   // dout d silu(z)
+  Sums sums[2];        // of each half of the states
+  float *decay, *carried;  // [token][state of a group]: exp(dt A), and exp(dt A) h_{t-1}
+  float* local;            // the same for the local state of a segment
   float *B, *C;
-  float *sums_B, *sums_C;     // lane sums under way, [state group][token][kSumFloats]
+  float *lanes_B, *lanes_C;  // sums over lanes under way, [token][kSumFloats]
   int padded_state;
   int segment;
   bool gated;
@@ -340,7 +426,7 @@ struct BackwardTile {
 constexpr int S = 4;  // states of a group: their recurrences and dA fill the registers
 static_assert(S == kStatePadding, "groups must cover the padded states");
 
-// Four sums over lanes are carried as one vector until a tile is done: the last steps are then shared.
+// Sums over the lanes of four states are carried as one vector until four tokens are done: the last steps are shared.
 #if defined(__AVX512F__)
 constexpr int kSumFloats = 16;  // state n in the lanes 4n to 4n + 3
 
@@ -353,24 +439,40 @@ MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
   store(to, accumulate ? load(to) + c : c);
 }
 
+// Four tokens at once: [state][token].
 MEDMAMBA_INLINE void end_sums(const float* from, float* to) {
-  const __m512 c = _mm512_loadu_ps(from);
-  const __m512 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0xb1));
-  const __m512 e = _mm512_add_ps(d, _mm512_permute_ps(d, 0x4e));
-  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, e)));
+  const __m512 c0 = __m512(load(from)), c1 = __m512(load(from + 16));
+  const __m512 c2 = __m512(load(from + 32)), c3 = __m512(load(from + 48));
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(c0, c1), _mm512_unpackhi_ps(c0, c1));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(c2, c3), _mm512_unpackhi_ps(c2, c3));
+  store(to, Vec(_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee))));
+}
+
+// Where token t and state n lie in a share.
+MEDMAMBA_INLINE int64_t share_at(int64_t t, int64_t n) {
+  return n / S * kTile * S + t / 4 * 16 + n % S * 4 + t % 4;
 }
 #else
 constexpr int kSumFloats = 4;
 
 MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
+  Four sums[4];
   for (int n = 0; n < 4; ++n) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < kWidth; ++lane) sum += v[n][lane];
-    to[n] = accumulate ? to[n] + sum : sum;
+    Four parts[kWidth / 4];
+    std::memcpy(parts, &v[n], sizeof(Vec));
+    sums[n] = parts[0];
+    for (int i = 1; i < kWidth / 4; ++i) sums[n] += parts[i];
   }
+  transpose(sums);
+  Four total = (sums[0] + sums[1]) + (sums[2] + sums[3]), before;
+  std::memcpy(&before, to, sizeof(Four));
+  if (accumulate) total += before;
+  std::memcpy(to, &total, sizeof(Four));
 }
 
-MEDMAMBA_INLINE void end_sums(const float* from, float* to) { std::memcpy(to, from, 4 * sizeof(float)); }
+MEDMAMBA_INLINE void end_sums(const float* from, float* to) { std::memcpy(to, from, 16 * sizeof(float)); }
+
+MEDMAMBA_INLINE int64_t share_at(int64_t t, int64_t n) { return n / S * kTile * S + t * S + n % S; }
 #endif
 
 // Four states of one vector of channels: where they lie, all [state][lane].
@@ -379,16 +481,14 @@ struct StateGroup {
   const float* state;  // that enters the tile
   float* adjoint;
   float* grad_A;
+  Sums sums;
   int lane;   // first lane of the vector
   int state0; // first state
 };
 
-MEDMAMBA_INLINE float* sums_at(float* sums, const StateGroup& g, int t) {
-  return sums + (g.state0 / S * kTile + t) * kSumFloats;
-}
-
-template <bool kOrdinary>
-void recompute_states(const BackwardTile& tile, const StateGroup& g, int from, int to, Vec* h) {
+template <bool kOrdinary, bool kGated, bool kExclusive>
+void recompute_states(const BackwardTile& tile, const StateGroup& g, int from, int to, const Prefetch* ahead,
+                      Vec* h) {
   const Exp2Table table = exp2_table();
   Vec A[S];
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) A[n] = load(g.rates + n * kLanes);
@@ -404,11 +504,13 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int from, i
       store(tile.decay + (t * S + n) * kWidth, decay);
       store(tile.carried + (t * S + n) * kWidth, before);
       h[n] = before + x * B[n];
-      grad_C[n] = dy * h[n];
-      y += C[n] * h[n];
+      const Vec seen = kExclusive ? before : h[n];
+      grad_C[n] = dy * seen;
+      if (kGated) y += C[n] * seen;
     }
-    if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
-    begin_sums(grad_C, sums_at(tile.sums_C, g, t), g.lane > 0);
+    if (kGated) store(g.sums.y + row, load(g.sums.y + row) + y);
+    begin_sums(grad_C, tile.lanes_C + t * kSumFloats, g.lane > 0);
+    if (ahead != nullptr) prefetch(*ahead, t);
   }
 }
 
@@ -429,26 +531,27 @@ void recompute_local(const BackwardTile& tile, const StateGroup& g, int count) {
       grad_C[n] = dy * local;
       y += C[n] * local;
     }
-    if (tile.gated) store(tile.y + row, load(tile.y + row) + y);
-    begin_sums(grad_C, sums_at(tile.sums_C, g, t), true);
+    if (tile.gated) store(g.sums.y + row, load(g.sums.y + row) + y);
+    begin_sums(grad_C, tile.lanes_C + t * kSumFloats, true);
   }
 }
 
 // What an adjoint adds to the sums over states of one token.
-MEDMAMBA_INLINE void add_token(const BackwardTile& tile, const StateGroup& g, int row, const float* B,
-                               const Vec* input, const Vec* q) {
-  Vec by_input = load(tile.by_input + row), by_rate = load(tile.by_rate + row);
+MEDMAMBA_INLINE void add_token(const StateGroup& g, int row, const float* B, const Vec* A, const Vec* input,
+                               const Vec* q) {
+  Vec by_input = load(g.sums.by_input + row), by_rate = load(g.sums.by_rate + row);
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     by_input += B[n] * input[n];
-    by_rate += load(g.rates + n * kLanes) * q[n];
+    by_rate += A[n] * q[n];
   }
-  store(tile.by_input + row, by_input);
-  store(tile.by_rate + row, by_rate);
+  store(g.sums.by_input + row, by_input);
+  store(g.sums.by_rate + row, by_rate);
 }
 
 // Adjoint of the local states, first to last: C dy plus what the token before hands on.
 void walk_local(const BackwardTile& tile, const StateGroup& g, int count) {
-  Vec handed[S] = {}, dA[S] = {};
+  Vec handed[S] = {}, dA[S] = {}, A[S];
+  MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) A[n] = load(g.rates + n * kLanes);
   for (int t = 0; t < count; ++t) {
     const float* B = tile.B + t * tile.padded_state + g.state0;
     const float* C = tile.C + t * tile.padded_state + g.state0;
@@ -464,53 +567,64 @@ void walk_local(const BackwardTile& tile, const StateGroup& g, int count) {
       dA[n] += dt * q[n];
       grad_B[n] = x * input[n];
     }
-    add_token(tile, g, row, B, input, q);
-    begin_sums(grad_B, sums_at(tile.sums_B, g, t), g.lane > 0);
+    add_token(g, row, B, A, input, q);
+    begin_sums(grad_B, tile.lanes_B + t * kSumFloats, g.lane > 0);
   }
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     store(g.grad_A + n * kLanes, load(g.grad_A + n * kLanes) + dA[n]);
   }
 }
 
+template <bool kExclusive>
 void walk_back(const BackwardTile& tile, const StateGroup& g, int from, int to) {
-  Vec r[S], dA[S];
+  Vec r[S], dA[S] = {}, A[S];
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     r[n] = load(g.adjoint + n * kLanes);
-    dA[n] = load(g.grad_A + n * kLanes);
+    A[n] = load(g.rates + n * kLanes);
   }
+  const bool accumulate = g.lane > 0 || tile.segment > 0;
   for (int t = to - 1; t >= from; --t) {
     const float* B = tile.B + t * tile.padded_state + g.state0;
     const float* C = tile.C + t * tile.padded_state + g.state0;
     const int row = t * kLanes + g.lane;
     const Vec dt = load(tile.dt + row), x = load(tile.x + row), dy = load(tile.dy + row);
-    Vec adjoint[S], q[S], grad_B[S];
+    Vec input[S], q[S], grad_B[S];
     MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
-      adjoint[n] = C[n] * dy + r[n];
-      q[n] = adjoint[n] * load(tile.carried + (t * S + n) * kWidth);
-      r[n] = adjoint[n] * load(tile.decay + (t * S + n) * kWidth);
+      const Vec adjoint = C[n] * dy + r[n];
+      input[n] = kExclusive ? r[n] : adjoint;
+      q[n] = adjoint * load(tile.carried + (t * S + n) * kWidth);
+      r[n] = adjoint * load(tile.decay + (t * S + n) * kWidth);
       dA[n] += dt * q[n];
-      grad_B[n] = x * adjoint[n];
+      grad_B[n] = x * input[n];
     }
-    add_token(tile, g, row, B, adjoint, q);
-    begin_sums(grad_B, sums_at(tile.sums_B, g, t), g.lane > 0 || tile.segment > 0);
+    add_token(g, row, B, A, input, q);
+    begin_sums(grad_B, tile.lanes_B + t * kSumFloats, accumulate);
   }
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     store(g.adjoint + n * kLanes, r[n]);
-    store(g.grad_A + n * kLanes, dA[n]);
+    store(g.grad_A + n * kLanes, load(g.grad_A + n * kLanes) + dA[n]);
   }
+}
+
+template <bool kOrdinary>
+void recompute(const BackwardTile& tile, const StateGroup& g, bool exclusive, int from, int to,
+               const Prefetch* ahead, Vec* h) {
+  if (exclusive) return recompute_states<kOrdinary, true, true>(tile, g, from, to, ahead, h);
+  if (tile.gated) return recompute_states<kOrdinary, true, false>(tile, g, from, to, ahead, h);
+  return recompute_states<kOrdinary, false, false>(tile, g, from, to, ahead, h);
 }
 
 // Both walks of one group of states over the tile that begins at position `first`.
 void backward_states(const Problem& p, const BackwardTile& tile, const StateGroup& g, int64_t first,
-                     int count, bool ordinary) {
+                     int count, bool ordinary, const Prefetch* ahead) {
   Vec h[S];
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) h[n] = load(g.state + n * kLanes);
   for (int t = 0; t < count;) {
     const int to = next_reset(p, first, t, count);
     if (ordinary) {
-      recompute_states<true>(tile, g, t, to, h);
+      recompute<true>(tile, g, p.exclusive, t, to, ahead, h);
     } else {
-      recompute_states<false>(tile, g, t, to, h);
+      recompute<false>(tile, g, p.exclusive, t, to, ahead, h);
     }
     MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) h[n] = Vec{};
     t = to;
@@ -522,12 +636,16 @@ void backward_states(const Problem& p, const BackwardTile& tile, const StateGrou
   for (int to = count; to > 0;) {
     int from = 0;  // the last reset before `to`
     if (p.reset_every > 0) {
-      const int64_t reset = (first + to - 1) / p.reset_every * p.reset_every - first;
+      const int64_t period = (first + to - 1 + p.reset_offset) / p.reset_every;
+      const int64_t reset = period * p.reset_every - p.reset_offset - first;
       from = reset > 0 ? int(reset) : 0;
     }
-    walk_back(tile, g, from, to);
-    const int64_t position = first + from;
-    if (p.reset_every > 0 && position > 0 && position % p.reset_every == 0) {
+    if (p.exclusive) {
+      walk_back<true>(tile, g, from, to);
+    } else {
+      walk_back<false>(tile, g, from, to);
+    }
+    if (p.resets_before(first + from)) {
       MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) store(g.adjoint + n * kLanes, Vec{});
     }
     to = from;
@@ -547,30 +665,23 @@ void load_gradient(const Problem& p, const Item& item, const Block& block, const
 float open_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
                     const BackwardTile& tile) {
   const Exp2Table table = exp2_table();
-  const int floats = tokens.count * kLanes;
   load_tile(p.delta, row_offset(p.delta, item.batch, block), tokens, block.lanes, tile.dt);
-  if (p.softplus) {
-    float bias[kLanes];
-    channel_row(p.delta_bias, block, bias);
-    for (int i = 0; i < floats; i += kWidth) {
-      store(tile.slope + i, sigmoid(load(tile.dt + i) + load(bias + i % kLanes), table));
-    }
-  }
-  const float largest = step_sizes(p, block, tokens.count, tile.dt);
   load_tile(p.u, row_offset(p.u, item.batch, block), tokens, block.lanes, tile.u);
+  const float largest = step_sizes(p, block, tokens.count, tile.dt, tile.u, tile.x, tile.slope);
   load_gradient(p, item, block, tokens, tile.dy);
   if (p.gate.data != nullptr) {
     load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, tile.gate_slope);
   }
-  for (int i = 0; i < floats; i += kWidth) {
-    store(tile.x + i, load(tile.u + i) * load(tile.dt + i));
-    store(tile.by_input + i, Vec{});
-    store(tile.by_rate + i, Vec{});
+  for (int i = 0; i < tokens.count * kLanes; i += kWidth) {
+    for (const Sums& sums : tile.sums) {
+      store(sums.by_input + i, Vec{});
+      store(sums.by_rate + i, Vec{});
+      store(sums.y + i, Vec{});
+    }
     if (p.gate.data != nullptr) {
       const Vec z = load(tile.gate_slope + i), grad = load(tile.dy + i), s = sigmoid(z, table);
       store(tile.gate_slope + i, grad * s * (1.0f + z * (1.0f - s)));
       store(tile.dy + i, grad * z * s);
-      store(tile.y + i, Vec{});
     }
   }
   return largest;
@@ -578,22 +689,26 @@ float open_backward(const Problem& p, const Item& item, const Block& block, cons
 
 // Gradients of the rows and of the per-channel parameters, from the sums over the states.
 void close_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-                    const BackwardTile& tile, const BackwardCarry& carry) {
+                    const BackwardTile& tile, const Sums& other, const BackwardCarry& carry) {
   float skip[kLanes];
   channel_row(p.skip, block, skip);
+  const Sums& own = tile.sums[0];
   for (int v = 0; v < kLanes; v += kWidth) {
     const Vec factor = load(skip + v);
     Vec grad_skip = load(carry.grad_skip + v), grad_bias = load(carry.grad_bias + v);
     for (int t = 0; t < tokens.count; ++t) {
       const int row = t * kLanes + v;
-      const Vec u = load(tile.u + row), dy = load(tile.dy + row), by_input = load(tile.by_input + row);
+      const Vec u = load(tile.u + row), dy = load(tile.dy + row);
+      const Vec by_input = load(own.by_input + row) + load(other.by_input + row);
+      const Vec by_rate = load(own.by_rate + row) + load(other.by_rate + row);
       // sum_n A q was taken with A log2(e)
-      Vec grad_dt = by_input * u + load(tile.by_rate + row) * kLn2;
+      Vec grad_dt = by_input * u + by_rate * kLn2;
       if (p.softplus) grad_dt *= load(tile.slope + row);
-      store(tile.by_input + row, by_input * load(tile.dt + row) + factor * dy);
-      store(tile.by_rate + row, grad_dt);
+      store(own.by_input + row, by_input * load(tile.dt + row) + factor * dy);
+      store(own.by_rate + row, grad_dt);
       if (tile.gated) {
-        store(tile.y + row, (load(tile.y + row) + factor * u) * load(tile.gate_slope + row));
+        const Vec y = load(own.y + row) + load(other.y + row);
+        store(own.y + row, (y + factor * u) * load(tile.gate_slope + row));
       }
       grad_skip += dy * u;
       grad_bias += grad_dt;
@@ -602,20 +717,18 @@ void close_backward(const Problem& p, const Item& item, const Block& block, cons
     store(carry.grad_bias + v, grad_bias);
   }
   const struct { const Rows& rows; const float* from; } results[] = {
-      {p.grad_u, tile.by_input}, {p.grad_delta, tile.by_rate}, {p.grad_gate, tile.y}};
+      {p.grad_u, own.by_input}, {p.grad_delta, own.by_rate}, {p.grad_gate, own.y}};
   for (const auto& result : results) {
     if (result.rows.data == nullptr) continue;
     store_tile(result.rows, row_offset(result.rows, item.batch, block), tokens, block.lanes, result.from);
   }
 }
 
-constexpr int kBackwardRows = 9;
-
-int64_t sum_floats(const Problem& p) { return p.padded_state() / S * kTile * kSumFloats; }
+constexpr int kBackwardRows = 12;
 
 int64_t backward_scratch(const Problem& p) {
   return kBackwardRows * kTileFloats + 3 * kTile * S * kWidth + 2 * kTile * p.padded_state() +
-         2 * sum_floats(p);
+         2 * kTile * kSumFloats;
 }
 
 BackwardTile lay_out(const Problem& p, float* scratch) {
@@ -626,13 +739,16 @@ BackwardTile lay_out(const Problem& p, float* scratch) {
     next += floats;
     return taken;
   };
-  float** const rows[kBackwardRows] = {&tile.dt,       &tile.u,       &tile.x, &tile.slope,     &tile.dy,
-                                       &tile.by_input, &tile.by_rate, &tile.y, &tile.gate_slope};
+  float** const rows[kBackwardRows] = {
+      &tile.dt,               &tile.u,               &tile.x,         &tile.slope,
+      &tile.dy,               &tile.gate_slope,      &tile.sums[0].y, &tile.sums[0].by_input,
+      &tile.sums[0].by_rate,  &tile.sums[1].y,       &tile.sums[1].by_input,
+      &tile.sums[1].by_rate};
   for (float** row : rows) *row = take(kTileFloats);
   float** const groups[] = {&tile.decay, &tile.carried, &tile.local};
   for (float** group : groups) *group = take(kTile * S * kWidth);
-  tile.sums_B = take(sum_floats(p));
-  tile.sums_C = take(sum_floats(p));
+  tile.lanes_B = take(kTile * kSumFloats);
+  tile.lanes_C = take(kTile * kSumFloats);
   tile.B = take(kTile * p.padded_state());
   tile.C = take(kTile * p.padded_state());
   tile.padded_state = int(p.padded_state());
@@ -641,38 +757,68 @@ BackwardTile lay_out(const Problem& p, float* scratch) {
   return tile;
 }
 
-void backward_tile(const Problem& p, const Item& item, int64_t number, int first_row,
+// What is read for the tile before this one, and written for this one.
+Prefetch backward_prefetch(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
+                           const Tokens& next) {
+  Prefetch ahead;
+  for (const Rows* rows : {&p.u, &p.delta, &p.gate, &p.grad_out}) {
+    ahead.add(*rows, row_offset(*rows, item.batch, block), next);
+  }
+  if (item.half == 1) return ahead;
+  for (const Rows* rows : {&p.grad_u, &p.grad_delta, &p.grad_gate}) {
+    ahead.add(*rows, row_offset(*rows, item.batch, block), tokens);
+  }
+  return ahead;
+}
+
+// Hands the sums of the second half over, or closes the tile with them.
+void finish_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
+                     const BackwardTile& tile, const BackwardCarry& carry, int64_t number) {
+  if (item.half < 0) return close_backward(p, item, block, tokens, tile, tile.sums[1], carry);
+  const int64_t done = p.tiles() - 1 - number;
+  float(*slot)[kTileFloats] = item.exchange->rows[done % kRing];
+  if (item.half == 1) {
+    await(&item.exchange->consumed, done + 1 - kRing);
+    std::memcpy(slot[0], tile.sums[1].by_input, sizeof(float) * kTileFloats);
+    std::memcpy(slot[1], tile.sums[1].by_rate, sizeof(float) * kTileFloats);
+    std::memcpy(slot[2], tile.sums[1].y, sizeof(float) * kTileFloats);
+    return publish(&item.exchange->produced, done + 1);
+  }
+  await(&item.exchange->produced, done + 1);
+  close_backward(p, item, block, tokens, tile, {slot[0], slot[1], slot[2]}, carry);
+  publish(&item.exchange->consumed, done + 1);
+}
+
+void backward_tile(const Problem& p, const Item& item, int64_t number, int64_t share,
                    BackwardCarry& carry, float* scratch) {
   const Tokens tokens = tokens_of(p, number);
+  const Tokens next = tokens_of(p, number > 0 ? number - 1 : 0);
   const Block block = block_at(p, item.block);
   const BackwardTile tile = lay_out(p, scratch);
   load_projection(p.B, item.batch, block.group, p, tokens, tile.B);
   load_projection(p.C, item.batch, block.group, p, tokens, tile.C);
   const float largest = open_backward(p, item, block, tokens, tile);
   const bool ordinary = is_ordinary(largest, carry.fastest);
-  const Tokens next = tokens_of(p, number > 0 ? number - 1 : 0);
-  for (const Rows* rows : {&p.u, &p.delta, &p.gate, &p.grad_out}) {
-    prefetch_tile<false>(*rows, row_offset(*rows, item.batch, block), next);
-  }
-  for (const Rows* rows : {&p.grad_u, &p.grad_delta, &p.grad_gate}) {
-    prefetch_tile<true>(*rows, row_offset(*rows, item.batch, block), tokens);
-  }
+  const Prefetch ahead = backward_prefetch(p, item, block, tokens, next);
+  const Prefetch* asked = &ahead;
   const int64_t entering = (item.batch * p.tiles() + number) * p.blocks() + item.block;
-  for (int n = 0; n < tile.padded_state; n += S) {
+  const int half = int(p.half_state());
+  const int last = item.half == 0 ? half : tile.padded_state;
+  for (int n = item.half == 1 ? half : 0; n < last; n += S) {
     for (int lane = 0; lane < kLanes; lane += kWidth) {
       const int64_t at = n * kLanes + lane;
       const StateGroup g = {carry.rates + at,  p.states + entering * p.state_floats() + at,
-                            carry.adjoint + at, carry.grad_A + at, lane, n};
-      backward_states(p, tile, g, first_position(p, number), tokens.count, ordinary);
+                            carry.adjoint + at, carry.grad_A + at, tile.sums[n >= half], lane, n};
+      backward_states(p, tile, g, first_position(p, number), tokens.count, ordinary, asked);
+      asked = nullptr;
     }
-    for (int t = 0; t < tokens.count; ++t) {
-      const int64_t row = (first_row + t) * p.padded_state() + n;
-      const int64_t sums = (n / S * kTile + t) * kSumFloats;
-      end_sums(tile.sums_B + sums, carry.grad_B + row);
-      end_sums(tile.sums_C + sums, carry.grad_C + row);
+    for (int t = 0; t < tokens.count; t += 4) {
+      const int64_t to = share + (n / S * kTile + t) * S;
+      end_sums(tile.lanes_B + t * kSumFloats, carry.grad_B + to);
+      end_sums(tile.lanes_C + t * kSumFloats, carry.grad_C + to);
     }
   }
-  close_backward(p, item, block, tokens, tile, carry);
+  finish_backward(p, item, block, tokens, tile, carry, number);
 }
 
 void begin_backward(const Problem& p, const Item& item, BackwardCarry& carry) {
@@ -685,10 +831,11 @@ void begin_backward(const Problem& p, const Item& item, BackwardCarry& carry) {
 
 // ------------------------------------------------------------------------------------- for the driver
 
-void add_state(const Problem& p, int64_t number, const float* from, float* to) {
-  const Block block = block_at(p, number);
+void add_state(const Problem& p, const Item& item, const float* from, float* to) {
+  const Block block = block_at(p, item.block);
+  const int64_t last = item.half == 0 ? p.half_state() : p.state;
   for (int lane = 0; lane < block.lanes; ++lane) {
-    for (int64_t n = 0; n < p.state; ++n) {
+    for (int64_t n = item.half == 1 ? p.half_state() : 0; n < last && n < p.state; ++n) {
       to[(block.channel + lane) * p.state + n] += from[n * kLanes + lane];
     }
   }
@@ -706,7 +853,7 @@ void store_projection_as(const Problem& p, const Rows& rows, int64_t offset, con
   for (int t = 0; t < tokens.count; ++t) {
     typename T::Stored* row = base + tokens.token[t] * rows.token_stride;
     for (int64_t n = 0; n < p.state; ++n) {
-      row[n * rows.channel_stride] = T::narrow(from[t * p.padded_state() + n]);
+      row[n * rows.channel_stride] = T::narrow(from[share_at(t, n)]);
     }
   }
 }

@@ -32,7 +32,10 @@ struct Problem {
   const int32_t* order;             // (length) or null
   bool reverse, softplus;
   int64_t reset_every, segment;
+  int64_t reset_offset;  // the state is zeroed before t > 0 where (t + reset_offset) % reset_every == 0
+  bool exclusive;        // a token reads the state without its own input
 
+  Rows partial;   // forward: float32 added before the gate; data may be null
   Rows out;       // forward
   float* h_last;  // forward: (batch, channels, state)
   float* states;  // (batch, tiles, blocks, padded state, kLanes), the state entering each tile; may be null
@@ -55,15 +58,39 @@ struct Problem {
     return (state + kStatePadding - 1) / kStatePadding * kStatePadding;
   }
   int64_t state_floats() const { return padded_state() * kLanes; }
+  // First state of the second half: a multiple of kStatePadding.
+  int64_t half_state() const {
+    return (padded_state() / kStatePadding + 1) / 2 * kStatePadding;
+  }
+  bool resets_before(int64_t t) const {
+    return reset_every > 0 && t > 0 && (t + reset_offset) % reset_every == 0;
+  }
 };
 
+// Sums over states are taken as those of the first half plus those of the second, whoever computes them.
 // Up to kMaxBlocks neighbouring blocks of one group of one sequence: what one thread works on.
 constexpr int kMaxBlocks = 4;
+struct Exchange;
 struct Item {
   int64_t batch;
-  int64_t block;   // first block
-  int blocks;      // how many
+  int64_t block;       // first block
+  int blocks;          // how many
+  int half;            // 0 or 1: one half of the states, with the other on another thread; -1: both
+  Exchange* exchange;  // with the other half
 };
+
+// Rows that the second half hands to the first, tile by tile; a ring.
+constexpr int kRing = 16;
+constexpr int kExchangedRows = 3;
+struct Exchange {
+  alignas(64) int64_t produced = 0;  // tiles so far
+  alignas(64) int64_t consumed = 0;
+  alignas(64) float rows[kRing][kExchangedRows][kTile * kLanes];
+};
+
+// Waits until another thread has brought the counter to `least`; spins first, then yields.
+void await(const int64_t* counter, int64_t least);
+static inline void publish(int64_t* counter, int64_t value) { __atomic_store_n(counter, value, __ATOMIC_RELEASE); }
 
 // Where the backward of an item, one block, keeps what it carries from tile to tile, and its share of dB, dC.
 struct BackwardCarry {
@@ -72,11 +99,11 @@ struct BackwardCarry {
   float* grad_A;     // (padded state, kLanes)
   float* grad_skip;  // (kLanes)
   float* grad_bias;  // (kLanes)
-  float* grad_B;     // (kPanelTiles * kTile, padded state)
-  float* grad_C;     // (kPanelTiles * kTile, padded state)
+  float* grad_B;     // (kPanelTiles, kTile * padded state), in the order of Kernels::store_projection
+  float* grad_C;     // likewise
   float fastest;     // largest of rates
 };
-constexpr int kPanelTiles = 8;  // tiles after which the shares of dB and dC are added up
+constexpr int kPanelTiles = 4;  // tiles after which the shares of dB and dC are added up
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -84,14 +111,14 @@ struct Kernels {
   void (*forward)(const Problem&, const Item&, float* scratch);
   int64_t (*forward_scratch)(const Problem&);
   void (*begin_backward)(const Problem&, const Item&, BackwardCarry&);
-  // One tile, from the adjoint in carry; row: first row of the tile in carry.grad_B.
-  void (*backward_tile)(const Problem&, const Item&, int64_t tile, int row, BackwardCarry&,
+  // One tile, from the adjoint in carry; `share` counts floats in carry.grad_B.
+  void (*backward_tile)(const Problem&, const Item&, int64_t tile, int64_t share, BackwardCarry&,
                         float* scratch);
   int64_t (*backward_scratch)(const Problem&);
   // [state][lane] and [lane] of one block into (channels, state) and (channels).
-  void (*add_state)(const Problem&, int64_t block, const float* from, float* to);
+  void (*add_state)(const Problem&, const Item&, const float* from, float* to);
   void (*add_channels)(const Problem&, int64_t block, const float* from, float* to);
-  // Rows (token, padded state) of one tile and group into dB or dC.
+  // The shares of one tile and group into dB or dC.
   void (*store_projection)(const Problem&, const Rows&, int64_t batch, int64_t group, int64_t tile,
                            const float* from);
 };

@@ -42,11 +42,17 @@ MEDMAMBA_INLINE uint16_t float_to_half(float value) {
   return uint16_t(sign | (bits - (112u << 23)) >> 13);
 }
 
-// One value of each type; nearest even when narrowing.
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+
+// One value, or kWidth neighbours, of each type; nearest even when narrowing. The compiler does not find the
+// vectors by itself: it must assume that rows and tiles overlap.
 struct Float32 {
   typedef float Stored;
   MEDMAMBA_INLINE float widen(float value) { return value; }
   MEDMAMBA_INLINE float narrow(float value) { return value; }
+  MEDMAMBA_INLINE Vec widen_all(const float* from) { return load(from); }
+  MEDMAMBA_INLINE void narrow_all(Vec value, float* to) { store(to, value); }
 };
 
 struct BFloat16 {
@@ -64,6 +70,18 @@ struct BFloat16 {
     const uint32_t quiet = bits >> 16 | 0x40u;  // a NaN stays one
     return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
   }
+  MEDMAMBA_INLINE Vec widen_all(const uint16_t* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return reinterpret_cast<Vec>(__builtin_convertvector(halves, Words) << 16);
+  }
+  MEDMAMBA_INLINE void narrow_all(Vec value, uint16_t* to) {
+    const Words bits = reinterpret_cast<Words>(value);
+    const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const Words quiet = bits >> 16 | 0x40u;
+    const Halves halves = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  }
 };
 
 struct Float16 {
@@ -75,26 +93,50 @@ struct Float16 {
   MEDMAMBA_INLINE float widen(uint16_t value) { return half_to_float(value); }
   MEDMAMBA_INLINE uint16_t narrow(float value) { return float_to_half(value); }
 #endif
+  MEDMAMBA_INLINE Vec widen_all(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vec value;
+    for (int i = 0; i < kWidth; ++i) value[i] = widen(from[i]);
+    return value;
+#endif
+  }
+  MEDMAMBA_INLINE void narrow_all(Vec value, uint16_t* to) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(__m512(value), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(__m256(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kWidth; ++i) to[i] = narrow(value[i]);
+#endif
+  }
 };
 
-// `count` neighbouring values into a row of kLanes floats, zeros behind.
+// `count` neighbouring values into a row of `pitch` floats, zeros behind.
 template <class T>
-MEDMAMBA_INLINE void widen_row(const typename T::Stored* from, float* to, int count) {
-  if (count == kLanes) {
-    for (int i = 0; i < kLanes; ++i) to[i] = T::widen(from[i]);
-    return;
+MEDMAMBA_INLINE void widen_row(const typename T::Stored* from, float* to, int count, int pitch) {
+  int i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, T::widen_all(from + i));
+  if (i < count && pitch - i >= kWidth) {  // as one vector, which can be loaded again without waiting
+    typename T::Stored part[kWidth] = {};
+    std::memcpy(part, from + i, sizeof(typename T::Stored) * size_t(count - i));
+    store(to + i, T::widen_all(part));
+    i += kWidth;
   }
-  for (int i = 0; i < count; ++i) to[i] = T::widen(from[i]);
-  for (int i = count; i < kLanes; ++i) to[i] = 0.0f;
+  for (; i < count; ++i) to[i] = T::widen(from[i]);
+  for (; i < pitch; ++i) to[i] = 0.0f;
 }
 
 template <class T>
 MEDMAMBA_INLINE void narrow_row(const float* from, typename T::Stored* to, int count) {
-  if (count == kLanes) {
-    for (int i = 0; i < kLanes; ++i) to[i] = T::narrow(from[i]);
-    return;
-  }
-  for (int i = 0; i < count; ++i) to[i] = T::narrow(from[i]);
+  int i = 0;
+  for (; i + kWidth <= count; i += kWidth) T::narrow_all(load(from + i), to + i);
+  for (; i < count; ++i) to[i] = T::narrow(from[i]);
 }
 
 // Tokens of one tile: token[t] for t < count.
@@ -196,9 +238,9 @@ template <class T>
 static void load_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes, float* tile,
                          int pitch) {
   const typename T::Stored* base = static_cast<const typename T::Stored*>(rows.data) + offset;
-  if (rows.channel_stride == 1 && pitch == kLanes) {
+  if (rows.channel_stride == 1) {
     for (int t = 0; t < tokens.count; ++t) {
-      widen_row<T>(base + tokens.token[t] * rows.token_stride, tile + t * kLanes, lanes);
+      widen_row<T>(base + tokens.token[t] * rows.token_stride, tile + t * pitch, lanes, pitch);
     }
     return;
   }
@@ -213,18 +255,6 @@ static void load_tile(const Rows& rows, int64_t offset, const Tokens& tokens, in
     case Type::float32: return load_tile_as<Float32>(rows, offset, tokens, lanes, tile, pitch);
     case Type::bfloat16: return load_tile_as<BFloat16>(rows, offset, tokens, lanes, tile, pitch);
     case Type::float16: return load_tile_as<Float16>(rows, offset, tokens, lanes, tile, pitch);
-  }
-}
-
-// Asks for the rows of a tile to come, where they are rows of channels: the hardware does not see a walk over
-// rows far apart coming, still less one through an order.
-template <bool kForWriting>
-MEDMAMBA_INLINE void prefetch_tile(const Rows& rows, int64_t offset, const Tokens& tokens) {
-  if (rows.data == nullptr || rows.channel_stride != 1) return;
-  const int64_t size = rows.type == Type::float32 ? 4 : 2;
-  const char* base = static_cast<const char*>(rows.data) + offset * size;
-  for (int t = 0; t < tokens.count; ++t) {
-    __builtin_prefetch(base + tokens.token[t] * rows.token_stride * size, kForWriting, 2);
   }
 }
 

@@ -1,61 +1,30 @@
-// Threads for one call: nothing survives a fork, nothing is pinned.
+// Threads for one call. They are those of the OpenMP runtime that torch has loaded, so that they do not compete with
+// torch's own, which spin for a while after every operation. Where there is none, and in a forked child, whose
+// runtime is broken, they are this library's: started when first needed, asleep between calls; a call
+// that comes while another has them works alone. No result depends on which it was.
 #pragma once
 
-#include <condition_variable>
 #include <functional>
-#include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace medmamba {
 
-// Meeting point of the threads of one call.
-class Barrier {
+class Team;
+
+class Lease {
  public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t round = round_;
-    if (++arrived_ == threads_) {
-      arrived_ = 0;
-      ++round_;
-      here_.notify_all();
-    } else {
-      here_.wait(lock, [&] { return round_ != round; });
-    }
-  }
-  // A thread that could not be started does not take part.
-  void shrink(int threads) { threads_ = threads; }
+  // The caller and up to threads - 1 others, fewer where the system refuses.
+  explicit Lease(int threads);
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  int threads() const { return threads_; }
+  // work(0) on the caller, work(1) to work(threads() - 1) on the others, at the same time. False where the runtime
+  // gave fewer: then nothing was done, and threads() is 1 for another attempt.
+  bool run(const std::function<void(int)>& work);
 
  private:
-  std::mutex mutex_;
-  std::condition_variable here_;
-  int threads_;
-  int arrived_ = 0;
-  int64_t round_ = 0;
+  Team* team_ = nullptr;
+  int threads_ = 1;
 };
-
-// Runs work(thread) on `threads` threads, fewer if the system refuses; the caller is one of them.
-inline void on_threads(int threads, const std::function<void(int, Barrier&)>& work) {
-  Barrier barrier(threads);
-  std::mutex start;  // held until the number of threads is known
-  std::vector<std::thread> others;
-  {
-    std::lock_guard<std::mutex> hold(start);
-    try {
-      for (int i = 1; i < threads; ++i) {
-        others.emplace_back([&, i] {
-          { std::lock_guard<std::mutex> wait(start); }
-          work(i, barrier);
-        });
-      }
-    } catch (const std::system_error&) {
-      barrier.shrink(int(others.size()) + 1);
-    }
-  }
-  work(0, barrier);
-  for (std::thread& other : others) other.join();
-}
 
 }  // namespace medmamba

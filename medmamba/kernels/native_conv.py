@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medmamba.kernels import _native
-from medmamba.kernels.native import NO_ROWS, call, pointer_of, readable, rows_of
+from medmamba.kernels.native_call import NO_ROWS, call, pointer_of, readable, rows_of
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The compiled scan against the definition, on every instruction set this machine has."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from scan_cases import Sizes, assert_agrees, make_arguments
 
 from medmamba.errors import KernelError
 from medmamba.kernels.arguments import Needs, ScanArguments
+from medmamba.kernels.native_call import INSTRUCTION_SET_VARIABLE
 
 native = pytest.importorskip("medmamba.kernels.native", reason="the native kernel is not built")
 SETS = native._native.instruction_sets()
@@ -17,7 +19,7 @@ ALL = Needs()
 
 @pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, request.param)
+    monkeypatch.setenv(INSTRUCTION_SET_VARIABLE, request.param)
     return str(request.param)
 
 
@@ -90,10 +92,20 @@ def test_agrees_for_segments_with_order_and_resets(instruction_set: str) -> None
     assert_agrees(native, make_arguments(Sizes(length=150), **options))
 
 
-def test_leaves_longer_segments_to_others() -> None:
-    reason = native.refusal(make_arguments(Sizes(), segment=65))
-    assert reason is not None
-    assert "at most 64" in reason
+@pytest.mark.parametrize("segment", [65, 100, 150, 400])
+@pytest.mark.parametrize("gated", [False, True])
+def test_agrees_for_segments_longer_than_a_tile(
+    instruction_set: str, segment: int, gated: bool
+) -> None:
+    sizes = Sizes(length=290, channels=21, state=20)
+    assert_agrees(native, make_arguments(sizes, bare=not gated, segment=segment))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_agrees_for_long_segments_with_order_and_resets(dtype: torch.dtype) -> None:
+    order = torch.randperm(350, generator=torch.Generator().manual_seed(1)).int()
+    options = {"order": order, "reverse": True, "segment": 70, "reset_every": 140}
+    assert_agrees(native, make_arguments(Sizes(length=350, dtype=dtype), **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,13 +180,34 @@ def gradients(arguments: ScanArguments, threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("channels", [16, 64, 200])
-def test_bits_do_not_depend_on_threads(channels: int) -> None:
-    arguments = make_arguments(Sizes(batch=2, length=1500, channels=channels))
+@pytest.mark.parametrize(
+    ("batch", "channels", "state"),
+    [(1, 16, 16), (1, 16, 20), (2, 16, 8), (2, 64, 16), (1, 200, 16)],
+)
+@pytest.mark.parametrize("segment", [0, 16])
+def test_bits_do_not_depend_on_threads(batch: int, channels: int, state: int, segment: int) -> None:
+    # long enough for several threads: fewer blocks than threads are cut by states
+    sizes = Sizes(batch=batch, length=2000 * 64 // channels, channels=channels, state=state)
+    arguments = make_arguments(sizes, segment=segment)
     one = gradients(arguments, 1)
     for threads in (1, 2, 3, 7):
         for first, second in zip(one, gradients(arguments, threads), strict=True):
             assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_may_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make_arguments(Sizes(batch=1, length=40_000, channels=16), bare=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    expected = native.forward(arguments, save_states=False)[0]
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        found = native.forward(arguments, save_states=False)[0]
+        os.write(writing, b"1" if found.numpy().tobytes() == expected.numpy().tobytes() else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 1) == b"1"
 
 
 def test_empty_problems_have_empty_results() -> None:
@@ -233,6 +266,6 @@ def test_python_and_the_extension_agree_on_the_states(segment: int, length: int)
 
 
 def test_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, "v9")
+    monkeypatch.setenv(INSTRUCTION_SET_VARIABLE, "v9")
     with pytest.raises(KernelError, match="v9"):
         native.forward(make_arguments(Sizes()), save_states=False)
