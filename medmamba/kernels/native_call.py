@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from medmamba.errors import KernelError
-from medmamba.kernels import _native
 from medmamba.kernels.arguments import ScanArguments
 
 INSTRUCTION_SET_VARIABLE = "MEDMAMBA_CPU_ISA"  # for tests: v4, v3 or base
