@@ -22,6 +22,7 @@ from medmamba.cli.evaluate import evaluate
 from medmamba.cli.info import info
 from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
+from medmamba.cli.preprocess import preprocess
 from medmamba.cli.train import train
 from medmamba.cli.verify import verify
 from medmamba.errors import MedMambaError
@@ -39,6 +40,7 @@ app = typer.Typer(
     epilog="Research use only; not a medical device.",
 )
 app.command()(plan)
+app.command()(preprocess)
 app.command()(train)
 app.command()(predict)
 app.command()(evaluate)

@@ -31,7 +31,7 @@ from medmamba.pipeline.plan_request import (
 )
 from medmamba.pipeline.planning_nnunet import find_dataset, plan_preprocessed
 from medmamba.pipeline.references import keep_references
-from medmamba.pipeline.work import Work, check_network_name
+from medmamba.pipeline.work import Work, check_network_name, open_work
 from medmamba.plans.budget import Budget
 from medmamba.plans.fingerprint import (
     Fingerprint,
@@ -143,6 +143,46 @@ def plan(
         progress=stage(on_progress, "write for nnU-Net"),
     )
     return replace(outcome, nnunet_folder=exported)
+
+
+def preprocess(
+    dataset: Path | str,
+    work: Path | str,
+    *,
+    network: str = "lightm_unet_s",
+    configurations: tuple[str, ...] = (),
+    workers: int | None = None,
+    resample_on: str | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[Path, ...]:
+    """Preprocess by the plan that the work folder holds, without deciding anything anew.
+
+    Args:
+        dataset: the raw dataset the plan was made for.
+        work: folder that `plan` made; its plan file may have been edited since.
+        network: whose plan.
+        configurations: of the plan, in one pass; the preferred one when empty.
+        workers: cases worked on at once; one a core, at most 8, when None.
+        resample_on: PyTorch device that resamples, with the same numbers; NumPy when None.
+        on_progress: called with (stage, done, total).
+
+    Returns:
+        The folders that hold the cases.
+
+    Raises:
+        DatasetError: cases could not be preprocessed, all of them named; the others are stored.
+        PlanError: there is no plan, or it has no such configuration.
+    """
+    place = open_work(Path(work))
+    request = PlanRequest(
+        network=network,
+        budget=Budget(),
+        configurations=configurations,
+        workers=workers,
+        device=resample_on,
+    )
+    raw, decided = open_dataset(find_dataset(dataset)), place.load_plan(network)
+    return tuple(_preprocess(raw, place, decided, request, on_progress).values())
 
 
 def _fingerprint(

@@ -80,3 +80,23 @@ def test_choices_that_do_not_exist_are_refused(
     assert done.returncode == 2
     assert words in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_preprocess_goes_by_the_plan_that_is_there(ellipsoids: Path, tmp_path: Path) -> None:
+    import medmamba
+    from medmamba.pipeline.planning import preprocess
+
+    work = tmp_path / "work"
+    medmamba.plan(ellipsoids, work, network="plain_unet", until="plan")
+    path = work / "plans" / "plain_unet.json"
+    edited = json.loads(path.read_text())
+    edited["configurations"]["coarse"] = {"inherits_from": "3d_fullres", "spacing": [3.0, 2.0, 2.0]}
+    path.write_text(json.dumps(edited))
+    before = path.read_bytes()
+    stores = preprocess(ellipsoids, work, network="plain_unet", configurations=("coarse", "2d"))
+    assert path.read_bytes() == before
+    assert [store.name.rpartition("-")[0] for store in stores] == ["coarse", "2d"]
+    assert all(len(list(store.glob("*_seg.b2nd"))) == 6 for store in stores)
+    again = medmamba.plan(ellipsoids, work, network="plain_unet", until="plan")
+    assert again.plan is not None
+    assert "coarse" in again.plan.configurations
