@@ -1,6 +1,7 @@
 """Options and fixtures shared by every test."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# dicom_phantom.py and the fakes of tests/inference serve other folders too.
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(1, str(ROOT / "tests" / "inference"))
 SHARED = ROOT.parent / "shared"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from medmamba.dataset.case import Case
 from medmamba.errors import InputError, UsageError
 from medmamba.files import RECORD_CONFIG
-from medmamba.io import FORMATS
+from medmamba.io import FORMATS, ZIP_SUFFIX, holds_dicom, is_dicom
 
 LIST_SUFFIXES = (".txt", ".csv", ".json", ".jsonl")
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -79,7 +79,8 @@ def find_cases(
 
     Args:
         source: an image; a folder with ``CASE_0000`` names, or any names where a case is one file;
-            or a list. Paths in a list are relative to its folder.
+            a DICOM series (folder, archive or file) or a folder of them; or a list. Paths in a
+            list are relative to its folder.
         channels: files per case that the model needs.
         file_ending: only files of this format; None for any.
         follow_links: accept symbolic links that leave the folder.
@@ -91,12 +92,14 @@ def find_cases(
     ignored: tuple[Path, ...] = ()
     if source.is_dir():
         paths, ignored = _image_entries(source, file_ending)
-        candidates = list(_group(paths, channels))
+        candidates = [*_group(paths, channels), *_dicom_cases(source)]
         root: Path | None = source
     elif not os.path.lexists(source):
         raise UsageError(f"{source}: does not exist. Give an image, a folder or a list file.")
     elif _suffix(source.name):
         candidates, root = list(_single(source, channels)), None
+    elif is_dicom(source):
+        candidates, root = [_Candidate(name=source.stem, images=(source,))], None
     elif source.suffix.lower() in LIST_SUFFIXES:
         candidates, root = list(_listed(source, channels)), None
     else:
@@ -124,6 +127,23 @@ def _image_entries(folder: Path, ending: str | None) -> tuple[list[Path], tuple[
         same = family is None or FORMATS[suffix] == family
         (taken if same else ignored).append(folder / name)
     return taken, tuple(ignored)
+
+
+def _dicom_cases(folder: Path) -> Iterator[_Candidate]:
+    """Turn a folder of DICOM files into one case, or each folder and archive in it that holds any.
+
+    A folder named like an image file is left to be rejected as one.
+    """
+    others = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    others = [path for path in others if not _suffix(path.name)]
+    files = [path for path in others if path.is_file() and path.suffix.lower() != ZIP_SUFFIX]
+    if any(map(holds_dicom, files)):
+        yield _Candidate(name=folder.resolve().name, images=(folder,))
+        return
+    for path in others:
+        if (path.is_dir() or path.suffix.lower() == ZIP_SUFFIX) and holds_dicom(path):
+            name = path.name if path.is_dir() else path.stem
+            yield _Candidate(name=name, images=(path,))
 
 
 def _suffix(name: str) -> str:
@@ -326,7 +346,7 @@ def _path_problem(candidate: _Candidate, boundary: Path | None) -> tuple[str, st
     for path in candidate.images:
         if path.is_symlink() and (problem := _link_problem(path, boundary)):
             return problem
-        if not path.is_file():
+        if not path.is_file() and not (path.is_dir() and not _suffix(path.name)):
             there = os.path.lexists(path)
             message = f"{path.name}: {'is no regular file' if there else 'does not exist'}. "
             message += "Give the path of an image file."

@@ -281,8 +281,8 @@ class _Guard(AbstractContextManager[None]):
 
 
 def mask_suffix(header: SourceHeader) -> str:
-    """Return the file ending of a mask: NIfTI is always compressed, others keep theirs."""
-    return ".nii.gz" if header.format == "nifti" else header.suffix
+    """Return the file ending of a mask: NIfTI is compressed, others keep theirs."""
+    return ".nii.gz" if header.format in ("nifti", "dicom") else header.suffix
 
 
 def peak_memory_bytes() -> int:

@@ -234,7 +234,14 @@ def _exit_code(records: Sequence[CommitRecord], fail_on: FailOn) -> int:
 def _require_apart(cases: Sequence[Case], folder: Path) -> None:
     """Masks must never land among, above or instead of the inputs."""
     target = folder.resolve()
-    for place in {path.parent for case in cases for path in case.images}:
+    images = {path for case in cases for path in case.images}
+    for series in filter(Path.is_dir, images):
+        if target.is_relative_to(series.resolve()):
+            raise UsageError(
+                f"output folder {folder}: lies inside an input series ({series}). "
+                "Choose another folder for the masks."
+            )
+    for place in {path.parent for path in images}:
         if place.resolve().is_relative_to(target):
             raise UsageError(
                 f"output folder {folder}: it holds the input images ({place}). "

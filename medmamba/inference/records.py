@@ -16,6 +16,7 @@ from scipy.ndimage import find_objects, label
 from medmamba import __version__
 from medmamba.errors import InputError, MedMambaError
 from medmamba.files import RECORD_CONFIG, from_plain, hash_file, hash_values, read_json
+from medmamba.io import content_hash
 from medmamba.labels import LabelMap
 from medmamba.volume import Geometry
 
@@ -151,16 +152,20 @@ def identify(paths: tuple[Path, ...]) -> tuple[InputIdentity, ...]:
         InputError: a file cannot be read.
     """
     try:
-        return tuple(
-            InputIdentity(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
-            for path in paths
-        )
+        return tuple(_identity(path) for path in paths)
     except OSError as error:
         name = Path(error.filename or "input").name
         raise InputError(
             f"{name}: cannot be read ({error.strerror}). Check the path and its permissions.",
             code="E_IO_READ",
         ) from error
+
+
+def _identity(path: Path) -> InputIdentity:
+    if path.is_dir():
+        size, digest = content_hash(path)
+        return InputIdentity(name=path.name, size_bytes=size, sha256=digest)
+    return InputIdentity(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def work_key(

@@ -1,6 +1,7 @@
 """The only door for files of voxels: read images and labels, write labels, judge files.
 
-Which module reads a file follows from its suffix; readers are imported when first used. Arrays are
+Which module reads a file follows from its suffix; a folder or an archive is a DICOM series. Readers
+are imported when first used. Arrays are
 (C, D, H, W) and affines RAS+ millimetres from here on inwards.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmamba.errors import GeometryError, InputError
+from medmamba.io.dicom_files import ZIP_SUFFIX, content_hash, holds_dicom, is_dicom
 from medmamba.io.header import (
     DEFAULT_GATE,
     TRAINING_GATE,
@@ -32,11 +34,15 @@ __all__ = [
     "DEFAULT_GATE",
     "FORMATS",
     "TRAINING_GATE",
+    "ZIP_SUFFIX",
     "Finding",
     "Gate",
     "ItkFields",
     "SourceHeader",
     "check_file",
+    "content_hash",
+    "holds_dicom",
+    "is_dicom",
     "judge_image",
     "labels_on_file_grid",
     "orientation_code",
@@ -263,6 +269,8 @@ def _read_stored(
 
 
 def _module(path: Path) -> Any:
+    if is_dicom(path):
+        return importlib.import_module("medmamba.io.dicom")
     return importlib.import_module(FORMATS[suffix_of(path)])
 
 

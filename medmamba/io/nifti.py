@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medmamba.errors import InputError
 from medmamba.files import write_atomic
+from medmamba.io.affine import SHEAR_NOISE, shear_of
 from medmamba.io.header import Finding, Gate, SourceHeader
 from medmamba.io.nifti_geometry import read_transform
 from medmamba.io.nifti_header import (
@@ -224,7 +225,8 @@ def _header_of(source: SourceHeader) -> bytes:
     header = nibabel.Nifti1Header(endianness="<")
     matrix = source.geometry.matrix[:, [2, 1, 0, 3]]
     header.set_data_shape(source.geometry.shape[::-1])
-    header.set_qform(matrix, code=1)
+    # qform cannot state a tilted grid, and two statements that differ would be ambiguous.
+    header.set_qform(matrix, code=1 if shear_of(matrix) <= SHEAR_NOISE else 0)
     header.set_sform(matrix, code=1)
     header.set_xyzt_units("mm")
     return bytes(header.binaryblock)
