@@ -178,7 +178,7 @@ def test_rescaling_is_applied_slice_by_slice(tmp_path: Path) -> None:
     def scale(index: int, dataset: pydicom.Dataset) -> None:
         dataset.RescaleSlope, dataset.RescaleIntercept = 0.5 + index, -index
 
-    volume, header = read_image(save(make_series(change=scale), tmp_path / "pet"))
+    volume, _ = read_image(save(make_series(change=scale), tmp_path / "pet"))
     stored = phantom().astype(np.float64) + 1024
     expected = [plane * (0.5 + index) - index for index, plane in enumerate(stored)]
     np.testing.assert_array_equal(volume.array[0], np.array(expected, np.float32))
