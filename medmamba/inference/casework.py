@@ -7,7 +7,7 @@ write, commit) run in different threads; a job passes from one to the next and i
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import prod
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from medmamba.dataset import Case, Rejection, load_case, safe_id
 from medmamba.errors import GeometryError, InputError, MedMambaError
-from medmamba.files import hash_file, to_json, write_atomic
+from medmamba.files import to_json, write_atomic
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest
 from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run
@@ -30,6 +30,7 @@ from medmamba.inference.records import (
     ModelIdentity,
     OutputFile,
     Status,
+    describe_file,
     describe_labels,
     identify,
     read_record,
@@ -46,8 +47,11 @@ from medmamba.io import (
     read_header,
     write_labels,
 )
+from medmamba.io.dicom_seg import SegmentLabel, write_segmentation
 
 logger = logging.getLogger(__name__)
+
+SEGMENTATION_SUFFIX = ".seg.dcm"
 
 BYTES_PER_VOXEL_READ = 8
 """A float32 image and its preprocessed copy; resampling to a finer grid takes more."""
@@ -69,6 +73,7 @@ class CaseWork:
         run: Run,
         overwrite: str,
         gate: Gate = DEFAULT_GATE,
+        segments: Sequence[SegmentLabel] = (),
         on_tiles: OnTiles | None = None,
     ) -> None:
         self._folder = folder
@@ -77,6 +82,10 @@ class CaseWork:
         self._run = run
         self._overwrite = overwrite
         self._gate = gate
+        self._segments = tuple(segments) or tuple(
+            SegmentLabel(name=name, values=values)
+            for name, values in predictor.label_map.foreground.items()
+        )
         self._on_tiles = on_tiles
         self._parameters = predictor.parameters()
         self._numerics = predictor.numerics()
@@ -172,13 +181,31 @@ class CaseWork:
         path = self._folder / f"{case.id}{mask_suffix(header)}"
         self._clear(case.id, keep=path.name)
         label_map = self._predictor.label_map
-        with job.watch.time("write"):
-            write_labels(path, labels, header, label_names=dict(label_map.foreground))
-        output = OutputFile(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
         stored = labels_on_file_grid(labels, header)
+        with job.watch.time("write"):
+            segmentation = self._write_segmentation(case, stored, header)
+            write_labels(path, labels, header, label_names=dict(label_map.foreground))
+        output = describe_file(path)
         statistics = describe_labels(stored, header.geometry, label_map)
-        job.record = self._record(job, output=output, labels=statistics)
+        job.record = self._record(job, output=output, segmentation=segmentation, labels=statistics)
         self._store(job.record)
+
+    def _write_segmentation(
+        self, case: Case, stored: NDArray[Any], header: SourceHeader
+    ) -> OutputFile | None:
+        """Write the mask as a DICOM object too where the image was one."""
+        if header.format != "dicom":
+            return None
+        path = self._folder / f"{case.id}{SEGMENTATION_SUFFIX}"
+        write_segmentation(
+            path,
+            stored,
+            case.images[0],
+            self._segments,
+            algorithm=self._model.name,
+            gate=self._gate,
+        )
+        return describe_file(path)
 
     def _clear(self, case_id: str, *, keep: str = "") -> None:
         """Make the case count as not done, and set aside masks that no record vouches for.
@@ -191,7 +218,7 @@ class CaseWork:
         old = read_record(self._record_path(case_id))
         vouched = old.output.name if old and old.output and still_holds(old, self._folder) else ""
         self._record_path(case_id).unlink(missing_ok=True)
-        for suffix in FORMATS:
+        for suffix in (*FORMATS, SEGMENTATION_SUFFIX):
             mask = self._folder / f"{case_id}{suffix}"
             if mask.exists() and not mask.name == vouched == keep:
                 self._run.set_aside(mask)
@@ -203,6 +230,7 @@ class CaseWork:
         failure: Status | None = None,
         error: CaseError | None = None,
         output: OutputFile | None = None,
+        segmentation: OutputFile | None = None,
         labels: tuple[LabelStatistics, ...] = (),
     ) -> CommitRecord:
         warnings = _warnings(job, labels)
@@ -220,6 +248,7 @@ class CaseWork:
             fallbacks=() if job.inferred is None else job.inferred.fallbacks,
             labels=labels,
             output=output,
+            segmentation=segmentation,
             timings_s=dict(job.watch.seconds),
             peak_memory_bytes=peak_memory_bytes(),
         )

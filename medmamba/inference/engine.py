@@ -22,6 +22,7 @@ from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run, sweep_temporary_files
 from medmamba.inference.records import CommitRecord, ModelIdentity
 from medmamba.io import DEFAULT_GATE, Gate
+from medmamba.io.dicom_seg import SegmentLabel
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def predict_cases(
     grace_s: float = DEFAULT_GRACE_S,
     prefetch_bytes: int = PREFETCH_BYTES,
     gate: Gate = DEFAULT_GATE,
+    segments: Sequence[SegmentLabel] = (),
     on_case: OnCase | None = None,
     on_tiles: OnTiles | None = None,
 ) -> PredictionRun:
@@ -95,6 +97,7 @@ def predict_cases(
         grace_s: a case that will be done within this time after a signal is finished.
         prefetch_bytes: memory up to which the next case is read ahead.
         gate: limits and permissions of reading.
+        segments: names, codes and colours of what DICOM outputs hold; by label names when empty.
         on_case: called per finished case.
         on_tiles: called within a case, for those that take long.
 
@@ -114,6 +117,7 @@ def predict_cases(
         run=run,
         overwrite=overwrite,
         gate=gate,
+        segments=segments,
         on_tiles=on_tiles,
     )
     total = len(cases) + len(rejected)

@@ -113,6 +113,7 @@ class CommitRecord:
         fallbacks: what had to be done differently than asked for, such as less memory.
         labels: per label and region.
         output: the mask; None without one.
+        segmentation: the same as a DICOM object; None unless the input is DICOM.
         timings_s: seconds per stage.
         peak_memory_bytes: of the process so far.
         version: of medmamba.
@@ -134,6 +135,7 @@ class CommitRecord:
     fallbacks: tuple[str, ...] = ()
     labels: tuple[LabelStatistics, ...] = ()
     output: OutputFile | None = None
+    segmentation: OutputFile | None = None
     timings_s: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     version: str = __version__
@@ -191,10 +193,20 @@ def still_holds(record: CommitRecord | None, folder: Path) -> bool:
     """Tell whether the mask that a record speaks of is there, byte for byte."""
     if record is None or not record.succeeded or record.output is None:
         return False
-    mask = folder / record.output.name
-    if not mask.is_file() or mask.stat().st_size != record.output.size_bytes:
+    files = [file for file in (record.output, record.segmentation) if file is not None]
+    return all(_is_as_written(file, folder) for file in files)
+
+
+def _is_as_written(file: OutputFile, folder: Path) -> bool:
+    path = folder / file.name
+    if not path.is_file() or path.stat().st_size != file.size_bytes:
         return False
-    return hash_file(mask) == record.output.sha256
+    return hash_file(path) == file.sha256
+
+
+def describe_file(path: Path) -> OutputFile:
+    """Name, size and hash of a file just written."""
+    return OutputFile(name=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def describe_labels(

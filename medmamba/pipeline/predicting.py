@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmamba.bundle import Bundle, load_bundle, load_networks, load_previous_networks
+from medmamba.bundle import Bundle, Manifest, load_bundle, load_networks, load_previous_networks
 from medmamba.dataset import CaseListing, find_cases
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
+from medmamba.io.dicom_seg import SegmentLabel
 from medmamba.plans.plan import ConfigurationPlan
 
 if TYPE_CHECKING:
@@ -120,9 +121,18 @@ def predict(
         model=ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256),
         rejected=listing.rejected,
         overwrite=overwrite,
+        segments=segments_of(bundle.manifest),
         on_case=on_case,
     )
     return PredictOutcome(run=run)
+
+
+def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
+    """What a bundle's labels are called, coded and coloured in DICOM outputs."""
+    return tuple(
+        SegmentLabel(name=entry.name, values=entry.values, color=entry.color, snomed=entry.snomed)
+        for entry in manifest.labels
+    )
 
 
 def make_predictor(

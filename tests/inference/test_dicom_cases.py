@@ -23,7 +23,8 @@ def run(source: Path, out: Path) -> PredictionRun:
 def test_each_series_of_a_folder_is_a_case_and_a_bad_one_costs_nothing(tmp_path: Path) -> None:
     source = tmp_path / "in"
     save(make_series(), source / "a")
-    save(make_series()[::2][:3] + make_series()[7:], source / "b")
+    with_gap = make_series()
+    save(with_gap[:3] + with_gap[4:], source / "b")
     save(make_series(), source / "c" / "deeper")
     save([localizer()], source / "c")
     (source / "notes").mkdir()
@@ -33,6 +34,8 @@ def test_each_series_of_a_folder_is_a_case_and_a_bad_one_costs_nothing(tmp_path:
     assert [record.status for record in result.records] == ["ok", "rejected", "ok_with_warnings"]
     assert result.records[2].warnings[0].startswith("W_DCM_SERIES")
     assert result.exit_code == 4
+    assert (tmp_path / "out" / "a.seg.dcm").is_file()
+    assert not (tmp_path / "out" / "b.seg.dcm").exists()
     mask = nib.load(tmp_path / "out" / "a.nii.gz")
     np.testing.assert_array_equal(
         np.asarray(mask.dataobj).T, (phantom() > 50).astype(int) + (phantom() > 100)
