@@ -5,9 +5,11 @@ group norm are many times slower on few channels than the forms here.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 REDUCED = (torch.bfloat16, torch.float16)
@@ -27,23 +29,75 @@ def depthwise_conv(
         bias: (C,).
         stride: the same on every axis.
     """
-    convolve = functional.conv2d if x.dim() == 4 else functional.conv3d
-    padding = tuple((size - 1) // 2 for size in weight.shape[2:])
-    maps, groups = x.movedim(-1, 1), weight.shape[0]
-    if x.device.type != "cpu" or not _is_reduced(x):
-        y: Tensor = convolve(maps, weight, bias, stride=stride, padding=padding, groups=groups)
-        return y.movedim(1, -1)
-    # On a CPU the backward of depthwise convolutions is seven times slower in bf16 than in float32.
+    maps = x.movedim(-1, 1)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _convolve(maps, weight, bias, stride).movedim(1, -1)
+    dtype = _reduced_type(x) if _is_reduced(x) else x.dtype
     with torch.autocast("cpu", enabled=False):
-        y = convolve(
-            maps.float(),
-            weight.float(),
-            None if bias is None else bias.float(),
-            stride=stride,
-            padding=padding,
-            groups=groups,
-        )
-    return y.movedim(1, -1).to(_reduced_type(x))
+        if stride == 1 and all(size % 2 for size in weight.shape[2:]):
+            y: Tensor = _DepthwiseConv.apply(maps, weight, bias)  # type: ignore[no-untyped-call]
+        else:
+            # oneDNN's backward in bfloat16 is seven times slower than in float32.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            shift = None if bias is None else bias.to(wide)
+            y = _convolve(maps.to(wide), weight.to(wide), shift, stride)
+    return y.movedim(1, -1).to(dtype)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """The same convolution with faster gradients than oneDNN's for few channels on a CPU.
+
+    The gradient of the input is the convolution by the mirrored kernel; that of the weight is
+    summed in float32. Measured on 64x64x64 of 32 channels, one thread: input 98 to 23 ms in
+    float32 and 139 to 6 ms in bfloat16, weight 858 to 240 ms in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(maps, weight)
+        shift = None if bias is None else bias.to(maps.dtype)
+        return _convolve(maps, weight.to(maps.dtype), shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        maps, weight = ctx.saved_tensors
+        spatial = tuple(range(2, grad.dim()))
+        needs_maps, needs_weight, needs_bias = ctx.needs_input_grad
+        mirrored = weight.to(grad.dtype).flip(spatial)
+        grad_maps = _convolve(grad, mirrored) if needs_maps else None
+        grad_weight = _weight_gradient(grad, maps, weight) if needs_weight else None
+        grad_bias = None
+        if needs_bias:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad_bias = grad.sum((0, *spatial), dtype=wide).to(weight.dtype)
+        return grad_maps, grad_weight, grad_bias
+
+
+def _convolve(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
+    convolve = functional.conv2d if maps.dim() == 4 else functional.conv3d
+    padding = tuple((size - 1) // 2 for size in weight.shape[2:])
+    y: Tensor = convolve(maps, weight, bias, stride=stride, padding=padding, groups=weight.shape[0])
+    return y
+
+
+def _weight_gradient(grad: Tensor, maps: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    axes = grad.dim() - 2
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        grad.to(wide),
+        maps.to(wide),
+        weight.to(wide),
+        None,
+        [1] * axes,
+        [(size - 1) // 2 for size in weight.shape[2:]],
+        [1] * axes,
+        False,
+        [0] * axes,
+        weight.shape[0],
+        [False, True, False],
+    )
+    return found[1].to(weight.dtype)
 
 
 class TokenNorm(nn.LayerNorm):

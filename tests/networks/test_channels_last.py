@@ -21,6 +21,38 @@ def test_depthwise_convolution(shape: tuple[int, ...], stride: int) -> None:
     torch.testing.assert_close(found, wanted.movedim(1, -1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3, 3), (5, 3, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_gradients_are_torchs(kernel: tuple[int, ...], stride: int) -> None:
+    x = torch.randn(2, *(4, 5, 6)[-len(kernel) :], 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1, *kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    found = depthwise_conv(x, weight, bias, stride=stride)
+    convolve = functional.conv2d if len(kernel) == 2 else functional.conv3d
+    padding = tuple(size // 2 for size in kernel)
+    wanted = convolve(x.movedim(-1, 1), weight, bias, stride, padding, groups=3).movedim(1, -1)
+    upstream = torch.randn(found.shape, dtype=torch.float64)
+    ours = torch.autograd.grad(found, (x, weight, bias), upstream)
+    theirs = torch.autograd.grad(wanted, (x, weight, bias), upstream)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_depthwise_gradients_in_bf16_are_those_of_float32_rounded_once() -> None:
+    x = torch.randn(1, 4, 5, 6, 3).bfloat16().requires_grad_()
+    weight = torch.randn(3, 1, 3, 3, 3).bfloat16().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = depthwise_conv(x, weight)
+    assert found.dtype == torch.bfloat16
+    upstream = torch.randn(found.shape).bfloat16()
+    ours = torch.autograd.grad(found, (x, weight), upstream)
+    assert [one.dtype for one in ours] == [torch.bfloat16, torch.float32]
+    exact = x.detach().float().requires_grad_()
+    theirs = torch.autograd.grad(depthwise_conv(exact, weight), (exact, weight), upstream.float())
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one.float() - other).abs().max() / other.abs().max()) < 2**-8
+
+
 def test_depthwise_kernel_may_be_flat() -> None:
     x, weight = torch.randn(1, 4, 5, 6, 2), torch.randn(2, 1, 1, 3, 3)
     slices = depthwise_conv(x.flatten(0, 1), weight[:, :, 0]).reshape(x.shape)
