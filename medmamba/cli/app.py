@@ -15,6 +15,7 @@ import typer
 
 from medmamba import __version__
 from medmamba.cli.caches import place_caches
+from medmamba.cli.compare import compare
 from medmamba.cli.convert import convert
 from medmamba.cli.demo import demo
 from medmamba.cli.doctor import doctor
@@ -44,6 +45,7 @@ app.command()(preprocess)
 app.command()(train)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(compare)
 app.add_typer(convert)
 app.command()(demo)
 app.command()(doctor)

@@ -136,7 +136,7 @@ def train(
     decided = place.load_plan(network)
     name = choose_configuration(decided, configuration)
     branch = decided.configurations[name]
-    split = _split(place, name, branch, fold)
+    split = find_split(place, name, branch, fold)
     store = CaseStore(place.store(name, branch))
     require_no_leak(split, place.load_description(), store, fold=fold)
     previous = find_previous_stage(place, decided, name, fold, split)
@@ -155,7 +155,7 @@ def train(
         deterministic=deterministic,
         extend=extend,
         start=_start(pretrained, pretrained_mode, freeze_epochs, on_message),
-        outside_is_zero_channels=_masked_channels(branch),
+        outside_is_zero_channels=masked_channels(branch),
         previous_folder=None if previous is None else previous.folder,
         previous_identity="" if previous is None else previous.identity,
     )
@@ -213,7 +213,13 @@ def _start(
     return None
 
 
-def _split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -> Split:
+def find_split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -> Split:
+    """Return the training and validation cases of a fold that are preprocessed.
+
+    Raises:
+        PlanError: no case is preprocessed for this configuration.
+        UsageError: there are too few cases for folds.
+    """
     store = place.store(name, branch)
     stored = CaseStore(store).case_ids() if store.is_dir() else ()
     if not stored:
@@ -230,7 +236,8 @@ def _split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -
     return split_for_fold(read_splits(place.splits), fold, stored)
 
 
-def _masked_channels(branch: ConfigurationPlan) -> tuple[int, ...]:
+def masked_channels(branch: ConfigurationPlan) -> tuple[int, ...]:
+    """Return the channels that are normalised inside a mask and zero outside it."""
     channels = branch.preprocessing.channels
     return tuple(index for index, channel in enumerate(channels) if channel.use_mask)
 
