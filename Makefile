@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint types format golden bench bench-gpu docs build clean
+.PHONY: sbom licences audit wheel-check container-check help setup demo test test-full lint types format golden bench bench-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,26 @@ bench: setup ## time the scan on this CPU, after checking that it is right
 
 bench-gpu: setup ## check and time the scan on this GPU
 	$(BIN)/python kernels/bench/gpu.py
+
+TOOLS := build/tools
+$(TOOLS)/bin/python:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet cyclonedx-bom pip-audit pip-licenses
+
+sbom: setup $(TOOLS)/bin/python ## write the bill of materials of .venv (CycloneDX) to build/sbom.json
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json $(BIN)/python
+
+licences: setup $(TOOLS)/bin/python ## write the licence of every package in .venv to docs/compliance/licences.md
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --format markdown --order license --ignore-packages medmamba --output-file docs/compliance/licences.md
+
+audit: setup $(TOOLS)/bin/python ## look for known vulnerabilities in constraints.txt (needs a network)
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+wheel-check: ## build, install and use sdist and wheel as a user would, with and without a compiler
+	.ci/wheel
+
+container-check: setup ## build and try the cpu image; as root on Debian, with MODEL=folder IMAGES=folder
+	docker/check.sh $(MODEL) $(IMAGES)
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

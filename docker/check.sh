@@ -87,7 +87,7 @@ inside() {
     --setenv PYTHONDONTWRITEBYTECODE 1 \
     --cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_SETPCAP \
     setpriv --reuid "$uid" --regid "$uid" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
-    /usr/bin/tini -- /usr/local/bin/medmamba-entrypoint "$@"
+    /usr/bin/tini -s -- /usr/local/bin/medmamba-entrypoint "$@"
 }
 
 say "as root: refused"
