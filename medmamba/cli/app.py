@@ -15,6 +15,7 @@ import typer
 
 from medmamba import __version__
 from medmamba.cli.caches import place_caches
+from medmamba.cli.check import check
 from medmamba.cli.compare import compare
 from medmamba.cli.convert import convert
 from medmamba.cli.demo import demo
@@ -46,6 +47,7 @@ app.command()(train)
 app.command()(predict)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(check)
 app.add_typer(convert)
 app.command()(demo)
 app.command()(doctor)

@@ -15,17 +15,20 @@ EXIT_DIFFERENT = 4
 def verify(
     place: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", help="Model folder, or run folder holding one."),
+        typer.Argument(
+            metavar="MODEL|OUT", help="Model folder (or run folder holding one), or masks."
+        ),
     ],
     as_json: Json = False,
 ) -> None:
-    """Check a model: every file against its hash, and its reference case computed again here.
+    """Check a model, or a folder of masks, against the hashes that were written with it.
 
-    The reference case is a synthetic image that travels with the model, with the mask it became
-    where the model was made.
+    Of a model, the reference case is computed again too: a synthetic image that travels with it,
+    with the mask it became where the model was made. Of masks, every file is compared with its
+    record OUT/CASE.json.
 
-    Exit code 0: as it was made; 3: parts are missing or damaged; 4: this machine computes another
-    mask; 7: a file was changed.
+    Exit code 0: as it was made; 3: parts of a model are missing or damaged; 4: this machine
+    computes another mask, or a mask is missing, changed or unrecorded; 7: a model was changed.
 
     Example: [cyan]medmamba verify work/runs/lightm_unet_s/3d_fullres/fold_0[/cyan]
     """
@@ -33,10 +36,30 @@ def verify(
 
     if any((folder / MANIFEST_FILE).is_file() for folder in (place, place / MODEL_FOLDER)):
         raise typer.Exit(_verify_model(place, as_json=as_json))
-    raise UsageError(
-        f"{place}: {'is no model' if place.exists() else 'does not exist'} (no {MANIFEST_FILE} "
-        f"there or in {MODEL_FOLDER}/). Give a model folder."
-    )
+    if not place.is_dir() or not any(place.glob("*.json")):
+        raise UsageError(
+            f"{place}: {'is no model and no output' if place.exists() else 'does not exist'} (no "
+            f"{MANIFEST_FILE} there or in {MODEL_FOLDER}/, and no record CASE.json). Give a model "
+            "folder, or a folder of masks."
+        )
+    raise typer.Exit(_verify_output(place, as_json=as_json))
+
+
+def _verify_output(place: Path, *, as_json: bool) -> int:
+    from medmamba.files import to_json, to_plain
+    from medmamba.inference.verification import verify_output
+
+    states = verify_output(place)
+    differing = [item for item in states if not item.sound]
+    counts = {state: sum(item.state == state for item in states) for state in ("holds", "no_mask")}
+    if as_json:
+        sys.stdout.write(to_json({"passed": not differing, "cases": to_plain(list(states))}))
+    else:
+        print(f"masks     {counts['holds']} as their records say")
+        print(f"no mask   {counts['no_mask']} cases, rejected or failed")
+        for item in differing:
+            print(f"{item.state:9} {item.case_id}: {item.detail}")
+    return EXIT_DIFFERENT if differing else 0
 
 
 def _verify_model(place: Path, *, as_json: bool) -> int:

@@ -95,6 +95,7 @@ def load_case(
     case: Case,
     *,
     channels: int | None = None,
+    dimension: int | None = None,
     gate: Gate | None = None,
     orientation: str | None = None,
     allow_geometry_mismatch: bool = False,
@@ -104,6 +105,7 @@ def load_case(
     Args:
         case: what to read.
         channels: channels the image must have, None for any.
+        dimension: 3 when planes cannot be taken; None or 2 when they can.
         gate: limits of reading; files with labels are read with the training gate by default.
         orientation: turn the axes to point this way, such as ``RAS``; as stored when None.
             ``write_labels`` turns labels back.
@@ -118,6 +120,12 @@ def load_case(
     image, header = _load_channels(
         case, chosen, tolerance=np.inf if allow_geometry_mismatch else tolerance
     )
+    if dimension == 3 and header.dimension == 2:
+        raise InputError(
+            f"case {case.id}: {case.images[0].name} is a plane; the model takes volumes. Give the "
+            "whole volume, or a 2D model.",
+            code="E_SHAPE_NDIM",
+        )
     _require_channels(case, image, channels)
     header = _judge_values(case, image, header, training=training)
     if case.labels is None:

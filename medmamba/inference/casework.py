@@ -57,6 +57,11 @@ BYTES_PER_VOXEL_READ = 8
 """A float32 image and its preprocessed copy; resampling to a finer grid takes more."""
 
 
+MOSTLY_PADDING = 0.5
+"""Images smaller than this share of the patch along an axis are warned of; cases a little smaller
+than the patch are the rule, since planners round patches up."""
+
+
 OnTiles = Callable[[str, int, int], None]
 """Called within a case with (case id, tiles done, tiles in all)."""
 
@@ -100,10 +105,15 @@ class CaseWork:
             if job.record is None:
                 with job.watch.time("read"):
                     image, _, job.header = load_case(
-                        case, channels=self._predictor.channels, gate=self._gate
+                        case,
+                        channels=self._predictor.channels,
+                        dimension=len(self._predictor.patch_size),
+                        gate=self._gate,
                     )
                 with job.watch.time("preprocess"):
                     job.prepared = self._predictor.prepare(image)
+                shape = job.prepared.data.shape[1:]
+                job.header = _note_padding(job.header, shape, self._predictor.patch_size)
         return job
 
     def expected_bytes(self, case: Case) -> int:
@@ -262,6 +272,18 @@ class CaseWork:
 
     def _record_path(self, case_id: str) -> Path:
         return self._folder / f"{case_id}.json"
+
+
+def _note_padding(
+    header: SourceHeader, shape: tuple[int, ...], patch_size: tuple[int, ...]
+) -> SourceHeader:
+    """Warn of an image so small that most of what the network sees is padding."""
+    seen = shape[-len(patch_size) :]
+    if all(size >= MOSTLY_PADDING * patch for size, patch in zip(seen, patch_size, strict=True)):
+        return header
+    sizes, patch = ("x".join(map(str, values)) for values in (seen, patch_size))
+    text = f"W_SHAPE_SMALL: {sizes} voxels on the model's grid, its patch is {patch}: padded"
+    return replace(header, warnings=(*header.warnings, text))
 
 
 class _Guard(AbstractContextManager[None]):

@@ -37,6 +37,10 @@ class CasePredictor(Protocol):
     def channels(self) -> int:
         """Image channels a case must have."""
 
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels per axis that the network sees at once: three, or two of a 2D model."""
+
     def parameters(self) -> dict[str, Any]:
         """Everything that decides which labels come out, as JSON values."""
 

@@ -118,6 +118,11 @@ class Predictor:
         """Image channels a case must have."""
         return len(self._recipe.channels)
 
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels per axis that the network sees at once: three, or two of a 2D model."""
+        return self._grid.patch_size
+
     def parameters(self) -> dict[str, Any]:
         """Everything that decides which labels come out, as JSON values."""
         settings = self.settings

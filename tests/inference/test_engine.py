@@ -39,6 +39,7 @@ class ThresholdPredictor:
 
     label_map: LabelMap = LABELS
     channels: int = 1
+    patch_size: tuple[int, ...] = (1, 1)
     level: float = 50.0
     inferred: list[float] = field(default_factory=list)
     on_infer: Callable[[float, Any], None] | None = None

@@ -1,0 +1,94 @@
+"""check(): the input gate alone, for images to predict. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from medmamba.dataset import Case, find_cases, load_case
+from medmamba.errors import InputError
+from medmamba.files import RECORD_CONFIG
+from medmamba.inference.records import CaseError, CommitRecord, redacted
+from medmamba.io import Finding, check_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedCase:
+    """What the gate says of one case.
+
+    Args:
+        case_id: name of the case.
+        errors: why it would be rejected, as ``CODE: text``; empty when it would be taken.
+        warnings: what would be noted in its record.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    case_id: str
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it would be predicted."""
+        return not self.errors
+
+
+def check(images: Path | str, *, model: Path | str | None = None) -> tuple[CheckedCase, ...]:
+    """Judge images as ``predict`` would, without predicting.
+
+    Args:
+        images: an image, a folder, or a list file.
+        model: a model folder, whose channels cases must then have; without one every file is
+            judged by itself.
+
+    Raises:
+        UsageError: no image there.
+        BundleError, SecurityError: the model cannot be used or trusted.
+    """
+    channels, dimension, ending = 1, 3, None
+    if model is not None:
+        from medmamba.bundle import load_bundle
+
+        bundle = load_bundle(Path(model))
+        channels, ending = len(bundle.manifest.channels), bundle.plan.file_ending or None
+        dimension = bundle.configuration.grid.dimension
+    listing = find_cases(Path(images), channels=channels, file_ending=ending)
+    judged = [
+        _check_files(case) if model is None else _check_case(case, channels, dimension)
+        for case in listing.cases
+    ]
+    rejected = [
+        CheckedCase(case_id=item.id, errors=(f"{item.code}: {item.message}",))
+        for item in listing.rejected
+    ]
+    return tuple(sorted((*judged, *rejected), key=lambda item: item.case_id))
+
+
+def _check_files(case: Case) -> CheckedCase:
+    found = [finding for path in case.images for finding in check_file(path)]
+    texts = [(finding, _text(finding, case)) for finding in found]
+    return CheckedCase(
+        case_id=case.id,
+        errors=tuple(text for finding, text in texts if finding.code.startswith("E_")),
+        warnings=tuple(text for finding, text in texts if not finding.code.startswith("E_")),
+    )
+
+
+def _check_case(case: Case, channels: int, dimension: int) -> CheckedCase:
+    try:
+        _, _, header = load_case(case, channels=channels, dimension=dimension)
+    except InputError as error:
+        found = Finding(code=error.code, message=error.message)
+        return CheckedCase(case_id=case.id, errors=(_text(found, case),))
+    return CheckedCase(case_id=case.id, warnings=tuple(header.warnings))
+
+
+def _text(finding: Finding, case: Case) -> str:
+    """The finding without the folders above the file, as in records."""
+    record = CommitRecord(
+        case_id=case.id,
+        status="rejected",
+        error=CaseError(code=finding.code, stage="read", message=finding.message),
+    )
+    error = redacted(record, case.images).error
+    assert error is not None
+    return f"{error.code}: {error.message}"
