@@ -1,0 +1,234 @@
+"""Faults of names, models, places and privacy through the real command (rows D, F, G, H)."""
+
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from medmamba.bundle import save_bundle
+from medmamba.cli.app import main
+
+from ..test_bundle import CONFIGURATION, change_manifest, rehash, tiny_plan, weights
+from .phantom import nifti, packed, voxels
+
+WEIGHTS = Path("weights") / "fold_0.safetensors"
+SENTINELS = ("ZZPHI^NAME", "19450607", "ACC-0042-ZZ")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "model"
+    save_bundle(
+        folder, plan=tiny_plan(), configuration=CONFIGURATION, weights=[weights(0)],
+        precision="fp32",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def model(made, tmp_path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed in range(2):
+        (folder / f"case{seed}_0000.nii.gz").write_bytes(packed(nifti(voxels(seed))))
+    return folder
+
+
+@pytest.fixture
+def medmamba(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the program in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medmamba", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        caught = capsys.readouterr()
+        return int(end.value.code or 0), caught.out, caught.err
+
+    return run
+
+
+def predict(medmamba, images: Path, output: Path, model: Path) -> tuple[int, dict]:
+    code, out, _ = medmamba("predict", "-i", images, "-o", output, "-m", model, "--json")
+    return code, {item["case_id"]: item for item in json.loads(out)["cases"]}
+
+
+def flip_weights(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(bytes(data))
+
+
+def cut_weights(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    rehash(folder)
+
+
+def giant_header(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes((2**60).to_bytes(8, "little") + data[8:])
+    rehash(folder)
+
+
+def no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+MODELS = [
+    ("F1 flipped byte", flip_weights, 7, "E_MODEL_HASH"),
+    ("F2 truncated", cut_weights, 3, "weights"),
+    ("F2 giant header", giant_header, 3, "header"),
+    ("F5 unknown key", lambda folder: change_manifest(folder, lambda m: m.update(zz=1)), 3, "zz"),
+    ("F7 fold missing", no_weights, 3, "fold_0.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "code", "word"), [row[1:] for row in MODELS],
+                         ids=[row[0] for row in MODELS])  # fmt: skip
+def test_a_model_that_cannot_be_trusted_starts_nothing(
+    spoil, code, word, model, images, medmamba, tmp_path
+) -> None:
+    spoil(model)
+    found, _, error = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model)
+    assert found == code, error
+    assert word in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_offered_as_model_is_refused_unexecuted(images, medmamba, tmp_path) -> None:
+    sentinel = tmp_path / "executed"
+    torch.save({"network_weights": Payload(sentinel)}, tmp_path / "model.pt")
+    code, _, error = medmamba(
+        "predict", "-i", images, "-o", tmp_path / "out", "-m", tmp_path / "model.pt"
+    )
+    assert code == 7, error
+    code, _, error = medmamba("convert", "import-checkpoint", tmp_path / "model.pt", "-o",
+                              tmp_path / "made")  # fmt: skip
+    assert code == 7, error
+    assert not sentinel.exists()
+
+
+def test_an_output_that_holds_the_images_is_a_usage_error(model, images, medmamba) -> None:
+    for output in (images, images.parent):
+        code, _, error = medmamba("predict", "-i", images, "-o", output, "-m", model)
+        assert code == 2, error
+    assert sorted(path.name for path in images.iterdir()) == [
+        "case0_0000.nii.gz", "case1_0000.nii.gz",
+    ]  # fmt: skip
+
+
+def test_an_output_that_cannot_be_written_is_found_first(model, images, medmamba) -> None:
+    blocked = images.parent / "file"
+    blocked.write_text("")
+    code, _, error = medmamba("predict", "-i", images, "-o", blocked / "out", "-m", model)
+    assert code == 6, error
+
+
+def test_names_that_collide_are_both_rejected(model, images, medmamba, tmp_path) -> None:
+    for name in ("Scan_0000.nii.gz", "scan_0000.nii.gz"):
+        (images / name).write_bytes(packed(nifti(voxels(3))))
+    code, records = predict(medmamba, images, tmp_path / "out", model)
+    assert code == 4
+    rejected = [item for item in records.values() if item["status"] == "rejected"]
+    assert len(rejected) == 2
+    assert {item["error"]["code"] for item in rejected} == {"E_ID_COLLISION"}
+    assert records["case0"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["-lead", "with space", "ümlaut 🧠", "=cmd()", "x" * 200,
+                                  "<script>alert(1)<script>"])  # fmt: skip
+def test_odd_names_get_safe_ones(name, model, images, medmamba, tmp_path) -> None:
+    (images / f"{name}_0000.nii.gz").write_bytes(packed(nifti(voxels(3))))
+    code, records = predict(medmamba, images, tmp_path / "out", model)
+    assert code == 0
+    (made,) = [key for key in records if key not in ("case0", "case1")]
+    assert (tmp_path / "out" / f"{made}.nii.gz").is_file()
+    assert made[0].isalnum()
+    assert all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in made)
+
+
+def test_what_is_edited_is_made_again(model, images, medmamba, tmp_path) -> None:
+    out = tmp_path / "out"
+    predict(medmamba, images, out, model)
+    mask, record = out / "case0.nii.gz", out / "case1.json"
+    kept = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+    mask.write_bytes(mask.read_bytes()[:-3])
+    (out / "case1.nii.gz").unlink()
+    code, records = predict(medmamba, images, out, model)
+    assert code == 0
+    assert {item["status"] for item in records.values()} == {"ok"}
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == kept
+    record.write_text("{")
+    assert medmamba("verify", out)[0] == 4
+    _, records = predict(medmamba, images, out, model)
+    assert [records[case]["status"] for case in ("case0", "case1")] == ["skipped", "ok"]
+    assert medmamba("verify", out)[0] == 0
+
+
+def test_a_torn_journal_is_of_no_account(model, images, medmamba, tmp_path) -> None:
+    out = tmp_path / "out"
+    predict(medmamba, images, out, model)
+    for journal in (out / "run").rglob("journal*.jsonl"):
+        journal.write_bytes(journal.read_bytes()[:-7])
+    code, records = predict(medmamba, images, out, model)
+    assert code == 0
+    assert {item["status"] for item in records.values()} == {"skipped"}
+
+
+def test_personal_data_reach_no_output(model, medmamba, tmp_path) -> None:
+    folder = tmp_path / SENTINELS[0].replace("^", "_") / "images"
+    folder.mkdir(parents=True)
+    image = nibabel.Nifti1Image(voxels(), np.diag([1.0, 1.25, 2.0, 1.0]))
+    image.header["descrip"] = SENTINELS[0].encode()
+    image.header["aux_file"] = SENTINELS[1].encode()
+    image.header["db_name"] = SENTINELS[2].encode()
+    image.header["intent_name"] = SENTINELS[2].encode()
+    image.header.extensions.append(
+        nibabel.nifti1.Nifti1Extension("comment", " ".join(SENTINELS).encode())
+    )
+    nibabel.save(image, folder / "case_0000.nii.gz")
+    (folder / "bad_0000.nii.gz").write_bytes((folder / "case_0000.nii.gz").read_bytes()[:400])
+    out = tmp_path / "out"
+    code, _ = predict(medmamba, folder, out, model)
+    assert code == 4
+    import gzip
+
+    for path in (item for item in out.rglob("*") if item.is_file()):
+        data = path.read_bytes()
+        data += gzip.decompress(data) if path.name.endswith(".gz") else b""
+        for word in (*SENTINELS, SENTINELS[0].replace("^", "_")):
+            assert word.encode() not in data, (path, word)
+
+
+def test_no_socket_is_opened(model, images, medmamba, tmp_path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert predict(medmamba, images, tmp_path / "out", model)[0] == 0
