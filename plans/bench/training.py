@@ -195,6 +195,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--prepared", type=Path, help="keep or reuse what was planned here")
     arguments = parser.parse_args()
+    # The stopped processes must not outlive this one.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     dataset = arguments.dataset.resolve()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.prepared or Path(temporary)
