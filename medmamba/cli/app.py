@@ -25,6 +25,7 @@ from medmamba.cli.info import info
 from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
 from medmamba.cli.preprocess import preprocess
+from medmamba.cli.report import report
 from medmamba.cli.train import train
 from medmamba.cli.verify import verify
 from medmamba.errors import MedMambaError
@@ -48,6 +49,7 @@ app.command()(predict)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(check)
+app.command()(report)
 app.add_typer(convert)
 app.command()(demo)
 app.command()(doctor)

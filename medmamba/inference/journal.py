@@ -114,7 +114,7 @@ class Run:
     ) -> None:
         """Write the last event, ``summary.csv`` and ``manifest.json``."""
         self.log("ended", exit_code=exit_code)
-        write_atomic(self.folder / "summary.csv", to_csv(SUMMARY_COLUMNS, _rows(records)))
+        write_atomic(self.folder / "summary.csv", to_csv(SUMMARY_COLUMNS, summary_rows(records)))
         counts: dict[str, int] = {}
         for record in records:
             counts[record.status] = counts.get(record.status, 0) + 1
@@ -174,7 +174,8 @@ def _is_alive(marker: Path) -> bool:
     return True
 
 
-def _rows(records: Sequence[CommitRecord]) -> list[list[object]]:
+def summary_rows(records: Sequence[CommitRecord]) -> list[list[object]]:
+    """One row per case and label, one for a case without labels; see ``SUMMARY_COLUMNS``."""
     rows: list[list[object]] = []
     for record in records:
         code = record.error.code if record.error else ""

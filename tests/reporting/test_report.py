@@ -1,0 +1,159 @@
+"""The report: what it shows, that nothing in it can run or load, and that a browser draws it."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_engine import MODEL, ThresholdPredictor, image
+
+from medmamba.dataset import Case, Rejection
+from medmamba.errors import UsageError
+from medmamba.files import to_json, write_atomic
+from medmamba.inference.engine import predict_cases
+from medmamba.inference.records import read_record
+from medmamba.reporting import write_report
+from medmamba.volume import Geometry
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def ellipsoid_case(folder: Path, name: str, seed: int, size: int = 40) -> Case:
+    from medmamba.io import write_image
+
+    grid = np.indices((size // 2, size, size)).reshape(3, -1).T
+    centre = np.array([size / 4, size / 2, size / 2]) + np.random.default_rng(seed).normal(0, 2, 3)
+    distance = np.linalg.norm((grid - centre) / [size / 8, size / 4, size / 4], axis=1)
+    values = np.where(distance < 1, 80, 20) + np.where(distance < 0.5, 60, 0)
+    values = values.reshape(size // 2, size, size) + np.arange(size)[None, None, :] // 4
+    path = folder / f"{name}.nii.gz"
+    geometry = Geometry.from_spacing(values.shape, (2.0, 1.0, 1.0))
+    write_image(path, values.astype(np.int16), geometry)
+    return Case(id=name, images=(path,))
+
+
+@pytest.fixture
+def predicted(tmp_path: Path) -> Path:
+    cases = [ellipsoid_case(tmp_path / "in", f"case_{index}", index) for index in range(3)]
+    cases.append(image(tmp_path / "in", "touching"))
+    predict_cases(
+        cases,
+        tmp_path / "out",
+        ThresholdPredictor(),
+        model=MODEL,
+        rejected=[Rejection(id="cut", code="E_IO_TRUNCATED", message="cut.nii.gz: too short.")],
+    )
+    return tmp_path / "out"
+
+
+def test_every_case_has_pictures_volumes_and_reasons(predicted: Path) -> None:
+    outcome = write_report(predicted, images=predicted.parent / "in")
+    assert (outcome.cases, outcome.pictures) == (5, 4)
+    page = Page(outcome.path.read_text(encoding="utf-8"))
+    assert sum(tag == "img" for tag, _ in page.tags) == 4 * 4
+    assert "E_IO_TRUNCATED" in page.text
+    assert "touches the border: at least this much" in page.text
+    record = read_record(predicted / "case_0.json")
+    assert record is not None
+    assert f"{record.labels[0].volume_ml:.3f}" in page.text
+    rows = list(csv.DictReader((predicted / "summary.csv").read_text().splitlines()))
+    assert {row["case"] for row in rows} == {"case_0", "case_1", "case_2", "touching", "cut"}
+
+
+def test_the_page_loads_nothing(predicted: Path) -> None:
+    text = write_report(predicted).path.read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name in attributes)
+        source = attributes.get("src") or ""
+        assert source == "" or source.startswith("data:image/png;base64,")
+        assert (attributes.get("href") or "#").startswith("#")
+    [policy] = [
+        str(attributes["content"])
+        for tag, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy.startswith("default-src 'none'")
+    assert "script-src 'sha256-" in policy
+    assert not re.search(r"https?://", text)
+
+
+def test_names_are_shown_and_never_run(predicted: Path) -> None:
+    attack = "<script>alert(1)</script>"
+    formula = "=cmd|'/c calc'!A1"
+    content = (predicted / "case_0.json").read_text()
+    record = read_record(predicted / "case_0.json")
+    assert record is not None
+    import dataclasses
+
+    for number, name in enumerate((attack, formula)):
+        labels = (dataclasses.replace(record.labels[0], name=name), *record.labels[1:])
+        changed = dataclasses.replace(record, case_id=name, labels=labels, warnings=(attack,))
+        write_atomic(predicted / f"bad_{number}.json", to_json(changed))
+    assert attack not in content
+    text = write_report(predicted).path.read_text(encoding="utf-8")
+    assert attack not in text
+    assert attack in Page(text).text
+    assert text.count("<script>") == 1
+    cells = [
+        cell
+        for row in csv.reader((predicted / "summary.csv").read_text().splitlines())
+        for cell in row
+    ]
+    assert f"'{formula}" in cells
+    assert formula not in cells
+
+
+def test_an_edited_mask_is_not_shown_as_the_prediction(predicted: Path) -> None:
+    (predicted / "case_1.nii.gz").write_bytes((predicted / "case_0.nii.gz").read_bytes())
+    outcome = write_report(predicted)
+    assert outcome.pictures == 3
+    assert "W_MASK_CHANGED" in outcome.path.read_text(encoding="utf-8")
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        write_report(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_draws_the_page_from_disk(predicted: Path) -> None:
+    page = write_report(predicted, images=predicted.parent / "in").path
+    picture = predicted.parent / "page.png"
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        f"--user-data-dir={predicted.parent / 'profile'}", "--window-size=1240,2000",
+        f"--screenshot={picture}", page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ)  # noqa: S603
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    saturated = pixels.max(axis=2) - pixels.min(axis=2) > 120
+    # Outlines in the first two colours of the palette, and black ground of the pictures.
+    assert saturated.sum() > 1500
+    for color in ((0xE6, 0x9F, 0x00), (0x56, 0xB4, 0xE9)):
+        assert (np.abs(pixels - color).max(axis=2) < 16).sum() > 100
+    assert (pixels.max(axis=2) < 60).sum() > 10_000
