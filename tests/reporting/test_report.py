@@ -149,7 +149,7 @@ def test_a_browser_draws_the_page_from_disk(predicted: Path) -> None:
         f"--user-data-dir={predicted.parent / 'profile'}", "--window-size=1240,2000",
         f"--screenshot={picture}", page.as_uri(),
     ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ)  # noqa: S603
+    subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ)
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     saturated = pixels.max(axis=2) - pixels.min(axis=2) > 120
     # Outlines in the first two colours of the palette, and black ground of the pictures.
