@@ -1,6 +1,7 @@
 """``medmamba plan``: verify, fingerprint, plan and preprocess a dataset."""
 
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -11,6 +12,7 @@ from medmamba.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
     from medmamba.dataset import VerificationReport
+    from medmamba.networks.spec import Mixer, OptionValue
     from medmamba.pipeline.plan_request import PlanOutcome, Step
     from medmamba.plans.fingerprint import Sampling
     from medmamba.plans.plan import Plan
@@ -73,6 +75,23 @@ def plan(
     plans_name: Annotated[
         str | None, typer.Option("--plans-name", help="Name of the plan in nnU-Net's folders.")
     ] = None,
+    mixer: Annotated[
+        str | None,
+        typer.Option(
+            "--mixer",
+            metavar="mamba|identity|dwconv",
+            help="Plan a twin of the network: nothing, or a convolution, for its Mamba layers.",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="KEY=VALUE",
+            help="Option of the network, repeatable, e.g. order=bidirectional, merge=mean, "
+            "d_state=8 (all of them: plans/README.md).",
+        ),
+    ] = None,
     sampling: Annotated[
         str,
         typer.Option(
@@ -120,6 +139,8 @@ def plan(
 
     Example: [cyan]medmamba plan Dataset004_Hippocampus -o work --network plain_unet[/cyan]
     """
+    if mixer is not None:
+        check_choice("--mixer", mixer, ("mamba", "identity", "dwconv"))
     check_choice("--sampling", sampling, ("exact", "compatible"))
     check_choice("--until", until, ("verify", "fingerprint", "plan", "preprocess"))
     from medmamba.cli.display import StepProgress
@@ -143,6 +164,8 @@ def plan(
             spacing_mm=parse_spacing(spacing),
             planner=planner,
             plans_name=plans_name,
+            mixer=cast("Mixer | None", mixer),
+            options=parse_options(options or []),
             sampling=cast("Sampling", sampling),
             preprocess=preprocess,
             until=cast("Step", until),
@@ -158,6 +181,24 @@ def plan(
         sys.stdout.write(to_json(outcome.summary()))
         return
     print_outcome(outcome, work, network)
+
+
+def parse_options(texts: list[str]) -> "dict[str, OptionValue]":
+    """Read ``KEY=VALUE`` pairs; values as TOML writes them, and plain words as text.
+
+    Raises:
+        UsageError: a text without a key or a value.
+    """
+    found: dict[str, OptionValue] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if not key.strip() or not value.strip():
+            raise UsageError(f"--option '{text}': write KEY=VALUE, like order=bidirectional.")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = value.strip()
+    return found
 
 
 def print_outcome(outcome: "PlanOutcome", work: Path, network: str) -> None:

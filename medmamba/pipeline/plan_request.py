@@ -1,19 +1,20 @@
 """What planning is asked, what it answers, and the decision itself, whatever the data come from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from medmamba.dataset import VerificationReport
 from medmamba.files import to_json, to_plain, write_atomic
+from medmamba.networks.spec import Mixer, OptionValue
 from medmamba.pipeline.work import Work, choose_configuration
 from medmamba.plans.budget import Budget
 from medmamba.plans.fingerprint import Fingerprint, Sampling
 from medmamba.plans.nnunet_schema import save_plan
 from medmamba.plans.plan import Plan
 from medmamba.plans.planner import make_plan
-from medmamba.plans.presets import load_preset
+from medmamba.plans.presets import Preset, load_preset
 from medmamba.plans.replanning import with_kept_configurations
 
 Step = Literal["verify", "fingerprint", "plan", "preprocess"]
@@ -64,6 +65,8 @@ class PlanRequest:
         until: last step to do.
         workers: cases worked on at once; one a core, at most 8, when None.
         device: PyTorch device that resamples; NumPy on the CPU when None.
+        mixer: what stands where the Mamba layers are, instead of the preset's.
+        options: of the network, over the preset's.
     """
 
     network: str
@@ -74,6 +77,15 @@ class PlanRequest:
     until: Step = "preprocess"
     workers: int | None = None
     device: str | None = None
+    mixer: Mixer | None = None
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+
+    @property
+    def preset(self) -> Preset:
+        """The network's preset, with what is asked otherwise."""
+        shipped = load_preset(self.network)
+        options = {**shipped.options, **self.options}
+        return replace(shipped, mixer=self.mixer or shipped.mixer, options=options)
 
 
 def decide(
@@ -83,15 +95,25 @@ def decide(
     decided = make_plan(
         fingerprint,
         description,
-        load_preset(request.network),
+        request.preset,
         request.budget,
         plans_name=request.plans_name,
     )
+    if request.options or request.mixer is not None:
+        _check_networks(decided)
     decided = with_kept_configurations(decided, work.plan(request.network))
     write_atomic(work.dataset_json, to_json(description))
     write_atomic(work.fingerprint, to_json(fingerprint))
     save_plan(work.plan(request.network), decided)
     return decided
+
+
+def _check_networks(decided: Plan) -> None:
+    """Refuse options that the network cannot be built with, before anything is written."""
+    from medmamba.networks.memory import count_parameters
+
+    for configuration in decided.configurations.values():
+        count_parameters(configuration.network)
 
 
 def wanted_configurations(decided: Plan, request: PlanRequest) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """plan(): verify a raw dataset, fingerprint it, decide, and preprocess."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from medmamba.errors import DatasetError
 from medmamba.files import remove_leftovers, require_writable_folder, to_json, write_atomic
 from medmamba.interop.nnunet_data import is_nnunet_preprocessed
 from medmamba.interop.nnunet_export import export_to_nnunet
+from medmamba.networks.spec import Mixer, OptionValue
 from medmamba.pipeline.plan_request import (
     PlanOutcome,
     PlanRequest,
@@ -55,6 +56,8 @@ def plan(
     spacing_mm: tuple[float, ...] | None = None,
     planner: str | None = None,
     plans_name: str | None = None,
+    mixer: Mixer | None = None,
+    options: Mapping[str, OptionValue] | None = None,
     sampling: Sampling = "exact",
     preprocess: bool = True,
     until: Step = "preprocess",
@@ -77,6 +80,8 @@ def plan(
         spacing_mm: target spacing (z, y, x) instead of the dataset's median.
         planner: nnU-Net planner whose rules apply instead of the preset's.
         plans_name: name of the plan in nnU-Net's folders; the planner's own when None.
+        mixer: ``mamba``, or a twin, ``identity`` or ``dwconv``, in place of the Mamba layers.
+        options: of the network, such as ``{"order": "bidirectional"}``, over the preset's.
         sampling: ``compatible`` draws nnU-Net's random samples for intensity statistics.
         preprocess: False stops after the plan is written.
         until: last step: ``verify``, ``fingerprint``, ``plan`` or ``preprocess``.
@@ -98,6 +103,8 @@ def plan(
         network=network,
         budget=Budget(memory_gb=memory_gb, spacing_mm=spacing_mm, device=device, planner=planner),
         plans_name=plans_name,
+        mixer=mixer,
+        options=options or {},
         configurations=configurations,
         sampling=sampling,
         until=until if preprocess or until != "preprocess" else "plan",
