@@ -182,8 +182,8 @@ def test_no_foreground_is_an_error(tmp_path: Path) -> None:
 
 def test_the_golden_fingerprints_from_their_raw_data(fixtures_dir: Path, tmp_path: Path) -> None:
     goldens = {
-        json.loads((path.parent / "nnUNetPlans.json").read_text())["dataset_name"]: path
-        for path in (fixtures_dir / "plans").glob("*/dataset_fingerprint.json")
+        json.loads(plans.read_text())["dataset_name"]: plans.parent / "dataset_fingerprint.json"
+        for plans in (fixtures_dir / "plans").glob("*/nnUNet*Plans*.json")
     }
     scripts = sorted((fixtures_dir / "plans").glob("make_*_raw.py"))
     if not scripts:

@@ -52,19 +52,24 @@ def plan_golden(content: dict[str, Any]) -> Plan:
     return make_plan(
         fingerprint_from_nnunet(content["fingerprint"], plans["dataset_name"]),
         content["dataset_json"],
-        Preset(name=network, network=network, planner=planner),
-        Budget(spacing_mm=forced_spacing(content)),
+        Preset(name=network, network=network),
+        Budget(
+            planner=planner,
+            spacing_mm=forced_spacing(content),
+            memory_gb=content.get("options", {}).get("gpu_memory_target_in_gb"),
+        ),
         plans_name=plans["plans_name"],
     )
 
 
 def forced_spacing(content: dict[str, Any]) -> tuple[float, ...] | None:
     """The spacing a golden plan was made with, where the user chose one."""
-    options = content.get("options", {})
-    if "overwrite_target_spacing" in options:
-        return tuple(options["overwrite_target_spacing"])
+    if "options" in content:
+        asked = content["options"].get("overwrite_target_spacing")
+        return None if asked is None else tuple(asked)
     plans = content["plans"]
-    if plans["plans_name"] == NNUNET_PLANNERS[plans["experiment_planner_used"]].plans_name:
+    usual = NNUNET_PLANNERS[plans["experiment_planner_used"]].plans_name
+    if plans["plans_name"] == usual or "3d_fullres" not in plans["configurations"]:
         return None
     turned = plans["configurations"]["3d_fullres"]["spacing"]
     return tuple(turned[axis] for axis in plans["transpose_backward"])
