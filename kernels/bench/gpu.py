@@ -232,12 +232,12 @@ def tune(shape: Shape) -> list[dict[str, Any]]:
     grad_out = torch.randn_like(arguments.u)
     needs = Needs(gate=shape.gate, h0=False)
     rows = []
-    for tile, chunk in ((t, c) for t in (32, 64, 128) for c in (128, 256, 512, 1024, 2048, 4096)):
+    for tile, chunk in ((t, c) for t in (32, 64) for c in (64, 128, 256, 512, 1024)):
         tuning = Tuning(tile=tile, chunk=chunk)
         call = lambda t=tuning: backend.forward(arguments, save_states=False, tuning=t)  # noqa: E731
         rows.append({"what": "forward", "tile": tile, "chunk": chunk, "ms": median_ms(call, 7)[0]})
     for tile, registers, chunk in (
-        (t, r, c) for t in (32, 64) for r in (128, 168, 192, 255) for c in (256, 512, 1024)
+        (t, r, c) for t in (32, 64) for r in (128, 168, 192, 208, 255) for c in (128, 256, 512)
     ):
         tuning = Tuning(backward_tile=tile, registers=registers, chunk=chunk)
         _, _, states = backend.forward(arguments, save_states=True, tuning=tuning)
@@ -329,9 +329,11 @@ def main() -> int:
         for job in ahead:
             job.result()
         if "tuning" in options.only:
-            sizes = [Tuning(tile=tile) for tile in (32, 128)]
+            sizes = [Tuning(tile=tile) for tile in (32,)]
             sizes += [
-                Tuning(backward_tile=t, registers=r) for t in (32, 64) for r in (128, 168, 192, 255)
+                Tuning(backward_tile=t, registers=r)
+                for t in (32, 64)
+                for r in (128, 168, 192, 208, 255)
             ]
             list(pool.map(compile_ahead, [(SHAPES[0], tuning) for tuning in sizes]))
     rate = copy_rate()

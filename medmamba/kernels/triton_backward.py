@@ -9,8 +9,10 @@ so what seems to need h and g at once, the part of the gradients of dt and A tha
 decay, is a running sum of scalars: R_t = sum_n A_n C_tn a_tn h_{t-1,n} from a forward walk
 (`forward_pass`) and P_t = sum_n A_n B_tn r_tn from a reverse walk (`reverse_pass`). Both leave the
 token's own input out, which would cancel between them, so nothing is lost where decays are strong.
-The sum is anchored where a segment ends, at sum_n A_n r_n h_n, which the forward walk knows. Our
-own derivation; shapes as in triton_forward.py.
+Every ANCHOR tokens the sum starts anew, so that its rounding stays that of few terms: at the last
+token t of such a block it is sum_n A_n r_tn a_tn h_{t-1,n} plus the term of its own dy_t, and the
+forward walk keeps h_{t-1} there. The gradient of A is the same sum weighted by the dt that passed
+since the block began. Our own derivation; shapes as in triton_forward.py.
 """
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
@@ -22,17 +24,19 @@ import triton.language as tl  # noqa: TID251
 
 from medmamba.kernels.triton_forward import (
     SIZES,
+    fetch,
+    fetch_states,
     load,
     load_decays,
-    load_scalars,
     load_states,
     place,
+    row_at,
     sigmoid,
     softplus,
+    spread,
     step_size,
     store,
     stretch,
-    token,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -54,29 +58,51 @@ def exchange(low, high, BIT: tl.constexpr, LANE_BITS: tl.constexpr):
 
 
 @triton.jit
-def store_sums(pointer, pairs, N: tl.constexpr, LEVELS: tl.constexpr, LANE_BITS: tl.constexpr):
-    """Finish the sums of N states over the channels of the tile, in a fixed order, and store them.
+def no_sums(LEVELS: tl.constexpr, LANE_BITS: tl.constexpr):
+    """An empty set of half-made sums, one for each level of their tree."""
+    pending = ()
+    for level in tl.static_range(LEVELS):
+        pending = pending + (tl.zeros([1 << LANE_BITS], tl.float32),)
+    return pending
+
+
+@triton.jit
+def add_state(pending, share, n: tl.constexpr, LEVELS: tl.constexpr, LANE_BITS: tl.constexpr):
+    """Bring the share of state n into the sums over the channels of the tile, in a fixed order.
 
     A reduce-scatter: every exchange also halves the number of values, so that N + log2(lanes / N)
-    shuffles do what N separate sums do in N log2(lanes), and each lane ends with one state. The
-    first step, between even and odd states over the top bit of the lane, is made in `pairs`;
-    2 ** LEVELS is N rounded up and at least 2.
+    shuffles do what N separate sums do in N log2(lanes), and each lane ends with one state. Values
+    meet as soon as both are there, which keeps few of them alive; the last state's is the result.
     """
+    value = share
+    for level in tl.static_range(LEVELS):
+        if (n + 1) % (1 << level) == 0:
+            if (n >> level) % 2 == 1:
+                value = exchange(pending[level], value, 1 << (LANE_BITS - 1 - level), LANE_BITS)
+            else:
+                replaced = ()
+                for k in tl.static_range(LEVELS):
+                    if k == level:
+                        replaced = replaced + (value,)
+                    else:
+                        replaced = replaced + (pending[k],)
+                pending = replaced
+    return pending, value
+
+
+@triton.jit
+def store_sums(
+    pointer, pending, total, N: tl.constexpr, LEVELS: tl.constexpr, LANE_BITS: tl.constexpr
+):
+    """Finish the sums that `add_state` began, and store them; 2 ** LEVELS is N rounded up."""
     lanes = tl.arange(0, 1 << LANE_BITS)
-    sums = pairs
-    for k in tl.static_range((N + 1) // 2, 1 << (LEVELS - 1)):
-        sums = sums + (tl.zeros([1 << LANE_BITS], tl.float32),)
-    for level in tl.static_range(1, LEVELS):
-        halved = ()
-        for k in tl.static_range(1 << (LEVELS - 1 - level)):
-            high = sums[k + (1 << (LEVELS - 1 - level))]
-            halved = halved + (exchange(sums[k], high, 1 << (LANE_BITS - 1 - level), LANE_BITS),)
-        sums = halved
-    total = sums[0]
+    for n in tl.static_range(N, 1 << LEVELS):
+        pending, total = add_state(pending, tl.zeros_like(total), n, LEVELS, LANE_BITS)
     for level in tl.static_range(LEVELS, LANE_BITS):
         total += tl.gather(total, lanes ^ (1 << (LANE_BITS - 1 - level)), 0)
-    pair = (lanes & ((1 << (LANE_BITS - 1)) - 1)) >> (LANE_BITS - LEVELS)
-    n = 2 * pair + (lanes >> (LANE_BITS - 1))
+    n = lanes * 0
+    for level in tl.static_range(LEVELS):
+        n += ((lanes >> (LANE_BITS - 1 - level)) & 1) << level
     first = (lanes & ((1 << (LANE_BITS - LEVELS)) - 1)) == 0
     tl.store(pointer + n, total, mask=first & (n < N))
 
@@ -93,13 +119,12 @@ def forward_pass(
     delta_bias,
     order,
     states,
-    carries,
     grad_out,
     partial,
     y_out,
     grad_gate,
     decay_sum,
-    anchor,
+    kept_states,
     delta_sum,
     grad_C,
     grad_A,
@@ -110,7 +135,7 @@ def forward_pass(
     segment,
     per_window,
     chunks,
-    segments_per_chunk,
+    blocks_per_chunk,
     channels,
     group_channels,
     tiles_per_group,
@@ -132,7 +157,6 @@ def forward_pass(
     C_group,
     A_row,
     states_chunk,
-    carries_chunk,
     N: tl.constexpr,
     BD: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -143,11 +167,15 @@ def forward_pass(
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
     SEGMENTED: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    KEEP_ALL: tl.constexpr,
 ):
-    """Recompute h; write R_t, anchors, the gradients of C and the gate, and a part of that of A.
+    """Recompute h; write R_t, the gradients of C and the gate, and a part of that of A.
 
-    `decay_sum` (b, l, d) receives R_t; `anchor` and `delta_sum` (b, c, segments, d); `grad_C`
-    (tiles, b, l, g, n) and `grad_A` (programs, n, tile) are summed over programs by the host.
+    `decay_sum` (b, l, d) receives R_t, `delta_sum` (b, c, blocks, d) the dt of each block,
+    `kept_states` (b, c, blocks, n, d) the state before its last token; without KEEP_ALL a segment
+    is a block, and only that of the last segment is kept. `grad_C` (tiles, b, l, g, n) and `grad_A`
+    (programs, n, tile) are summed over programs by the host.
     """
     batch, chunk, group, tile, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
     mask = lane < group_channels
@@ -155,10 +183,17 @@ def forward_pass(
     u += batch * u_batch
     delta += batch * delta_batch
     grad_out += batch * out_batch
+    if gate is not None:
+        gate += batch * gate_batch
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
-    rows = batch * length
-    TOP: tl.constexpr = 1 << (LANE_BITS - 1)
+    decay_sum += batch * length * channels
+    if partial is not None:
+        partial += batch * length * channels
+    if y_out is not None:
+        y_out += batch * length * channels
+    if grad_gate is not None:
+        grad_gate += batch * length * channels
     if grad_C is not None:
         grad_C += ((tile * batches + batch) * length * groups + group) * N
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
@@ -179,6 +214,18 @@ def forward_pass(
     segments = 1
     if SEGMENTED:
         segments = tl.cdiv(last - first, segment)
+    blocks_per_segment = tl.cdiv(segment, ANCHOR)
+    step = 0
+    ahead = row_at(0, first, last, order, length, REVERSE, DESCEND)
+    beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
+    wide = ahead.to(tl.int64)
+    next_x = fetch(u + wide * u_row + d, mask, EVEN)
+    next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+    next_dy = fetch(grad_out + wide * out_row + d, mask, EVEN)
+    next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
+    next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
+    if gate is not None:
+        next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
     for s in range(segments):
         nth = s
         if DESCEND:
@@ -189,80 +236,92 @@ def forward_pass(
         for n in tl.static_range(N):
             entering = entering + (tl.where(s > 0, 0.0, state[n]),)
         state = entering
-        elapsed = tl.zeros([BD], tl.float32)
-        for i in range(stop - begin):
-            position = begin + i
+        blocks = tl.cdiv(stop - begin, ANCHOR)
+        for j in range(blocks):
+            block = j
             if DESCEND:
-                position = stop - 1 - i
-            row = token(position, order, length, REVERSE)
-            x = load(u + row * u_row + d, mask, EVEN)
-            dt = step_size(load(delta + row * delta_row + d, mask, EVEN), bias, SOFTPLUS)
-            dy = load(grad_out + row * out_row + d, mask, EVEN)
-            at = (rows + row) * channels + d
-            if gate is not None:
-                z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
-                y = tl.zeros([BD], tl.float32)
-                if partial is not None:
-                    y = load(partial + at, mask, EVEN)
-                if skip is not None:
-                    y += skip_row * x
-                opened = sigmoid(z)
-                grad_y = dy * z * opened
-            else:
-                grad_y = dy
-            b = load_scalars(B + row * B_row, N)
-            c = load_scalars(C + row * C_row, N)
-            driven = dt * x
-            elapsed += dt
-            weighted = elapsed * grad_y
-            if grad_skip is not None:
-                sum_skip += grad_y * x
-            total = tl.zeros([BD], tl.float32)
-            moved = ()
-            sloped = ()
-            pairs = ()
-            for n in tl.static_range(N):
-                kept = tl.exp2(dt * A2[n]) * state[n]
-                h = kept + driven * b[n]
-                seen = h
-                if EXCLUSIVE:
-                    seen = kept
-                shown = c[n] * kept
+                block = blocks - 1 - j
+            tokens = tl.minimum(ANCHOR, stop - begin - block * ANCHOR)
+            place_of = index * blocks_per_chunk + nth * blocks_per_segment + block
+            elapsed = tl.zeros([BD], tl.float32)
+            for i in range(tokens):
+                row = ahead.to(tl.int64)
+                x = next_x.to(tl.float32)
+                raw = next_raw.to(tl.float32)
+                dy = next_dy.to(tl.float32)
+                b = next_b.to(tl.float32)
+                c = next_c.to(tl.float32)
                 if gate is not None:
-                    y += c[n] * seen
-                total += A2[n] * shown
-                sloped = sloped + (slope[n] + weighted * shown,)
-                moved = moved + (h,)
+                    z = next_z.to(tl.float32)
+                ahead = beyond
+                beyond = row_at(step + 2, first, last, order, length, REVERSE, DESCEND)
+                step += 1
+                wide = ahead.to(tl.int64)
+                next_x = fetch(u + wide * u_row + d, mask, EVEN)
+                next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+                next_dy = fetch(grad_out + wide * out_row + d, mask, EVEN)
+                next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
+                next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
+                if gate is not None:
+                    next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
+                at = row * channels + d
+                if kept_states is not None:
+                    ends = i == tokens - 1
+                    slot = place_of
+                    if not KEEP_ALL:
+                        ends = ends & (s == segments - 1)
+                        slot = index
+                    if ends:
+                        for n in tl.static_range(N):
+                            kept_at = kept_states + (slot * N + n) * channels + d
+                            store(kept_at, state[n], mask, EVEN)
+                dt = step_size(raw, bias, SOFTPLUS)
+                if gate is not None:
+                    y = tl.zeros([BD], tl.float32)
+                    if partial is not None:
+                        y = load(partial + at, mask, EVEN)
+                    if skip is not None:
+                        y += skip_row * x
+                    opened = sigmoid(z)
+                    grad_y = dy * z * opened
+                else:
+                    grad_y = dy
+                driven = dt * x
+                elapsed += dt
+                weighted = elapsed * grad_y
+                if grad_skip is not None:
+                    sum_skip += grad_y * x
+                total = tl.zeros([BD], tl.float32)
+                moved = ()
+                sloped = ()
+                pending = no_sums(LEVELS, LANE_BITS)
+                for n in tl.static_range(N):
+                    kept = tl.exp2(dt * A2[n]) * state[n]
+                    h = kept + driven * spread(b, n, BD, LANE_BITS)
+                    seen = h
+                    if EXCLUSIVE:
+                        seen = kept
+                    weight = spread(c, n, BD, LANE_BITS)
+                    shown = weight * kept
+                    if gate is not None:
+                        y += weight * seen
+                    total += A2[n] * shown
+                    sloped = sloped + (slope[n] + weighted * shown,)
+                    moved = moved + (h,)
+                    if grad_C is not None:
+                        share = fold(grad_y * seen, BD, LANE_BITS)
+                        pending, sums = add_state(pending, share, n, LEVELS, LANE_BITS)
+                state = moved
+                slope = sloped
                 if grad_C is not None:
-                    share = fold(grad_y * seen, BD, LANE_BITS)
-                    if n % 2 == 0:
-                        even = share
-                    else:
-                        pairs = pairs + (exchange(even, share, TOP, LANE_BITS),)
-            state = moved
-            slope = sloped
-            if grad_C is not None:
-                if N % 2 == 1:
-                    pairs = pairs + (exchange(even, tl.zeros_like(even), TOP, LANE_BITS),)
-                store_sums(grad_C + row * groups * N, pairs, N, LEVELS, LANE_BITS)
-            store(decay_sum + at, total, mask, EVEN)
-            if y_out is not None:
-                store(y_out + at, y, mask, EVEN)
-            if grad_gate is not None:
-                store(grad_gate + at, dy * y * opened * (1.0 + z * (1.0 - opened)), mask, EVEN)
-        reached = tl.zeros([BD], tl.float32)
-        if carries is not None:
-            ends = s == segments - 1
-            sloped = ()
-            for n in tl.static_range(N):
-                r = load(carries + index * carries_chunk + n * channels + d, mask, EVEN)
-                met = tl.where(ends, r * state[n], 0.0)
-                reached += A2[n] * met
-                sloped = sloped + (slope[n] + elapsed * met,)
-            slope = sloped
-        at_segment = (index * segments_per_chunk + nth) * channels + d
-        store(anchor + at_segment, reached, mask, EVEN)
-        store(delta_sum + at_segment, elapsed, mask, EVEN)
+                    store_sums(grad_C + row * groups * N, pending, sums, N, LEVELS, LANE_BITS)
+                store(decay_sum + at, total, mask, EVEN)
+                if y_out is not None:
+                    store(y_out + at, y, mask, EVEN)
+                if grad_gate is not None:
+                    grad_z = dy * y * opened * (1.0 + z * (1.0 - opened))
+                    store(grad_gate + at, grad_z, mask, EVEN)
+            store(delta_sum + place_of * channels + d, elapsed, mask, EVEN)
     own = grad_A + tl.program_id(0).to(tl.int64) * (N * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
         tl.store(own + n * BD, slope[n])
@@ -286,7 +345,7 @@ def reverse_pass(
     partial_u,
     partial_delta,
     decay_sum,
-    anchor,
+    kept_states,
     delta_sum,
     grad_u,
     grad_delta,
@@ -300,7 +359,7 @@ def reverse_pass(
     segment,
     per_window,
     chunks,
-    segments_per_chunk,
+    blocks_per_chunk,
     channels,
     group_channels,
     tiles_per_group,
@@ -333,6 +392,8 @@ def reverse_pass(
     DESCEND: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
     SEGMENTED: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    KEEP_ALL: tl.constexpr,
     FINAL: tl.constexpr,
 ):
     """Recompute g against the walk of the forward; write all gradients that need it.
@@ -347,14 +408,21 @@ def reverse_pass(
     u += batch * u_batch
     delta += batch * delta_batch
     grad_out += batch * out_batch
+    if gate is not None:
+        gate += batch * gate_batch
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
-    rows = batch * length
-    TOP: tl.constexpr = 1 << (LANE_BITS - 1)
+    decay_sum += batch * length * channels
+    grad_u += batch * length * channels
+    grad_delta += batch * length * channels
+    if partial_u is not None:
+        partial_u += batch * length * channels
+        partial_delta += batch * length * channels
     if grad_B is not None:
         grad_B += ((tile * batches + batch) * length * groups + group) * N
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
     index = batch * chunks + chunk
+    bias = None
     if delta_bias is not None:
         bias = load(delta_bias + d, mask, EVEN)
     if skip is not None:
@@ -370,6 +438,19 @@ def reverse_pass(
     segments = 1
     if SEGMENTED:
         segments = tl.cdiv(last - first, segment)
+    blocks_per_segment = tl.cdiv(segment, ANCHOR)
+    step = 0
+    ahead = row_at(0, first, last, order, length, REVERSE, not DESCEND)
+    beyond = row_at(1, first, last, order, length, REVERSE, not DESCEND)
+    wide = ahead.to(tl.int64)
+    next_x = fetch(u + wide * u_row + d, mask, EVEN)
+    next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+    next_dy = fetch(grad_out + wide * out_row + d, mask, EVEN)
+    next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
+    next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
+    if gate is not None:
+        next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
+    next_sum = fetch(decay_sum + wide * channels + d, mask, EVEN)
     for s in range(segments):
         nth = segments - 1 - s
         if DESCEND:
@@ -380,73 +461,101 @@ def reverse_pass(
         for n in tl.static_range(N):
             entering = entering + (tl.where(s > 0, 0.0, carry[n]),)
         carry = entering
-        at_segment = (index * segments_per_chunk + nth) * channels + d
-        running = load(anchor + at_segment, mask, EVEN)
-        elapsed = load(delta_sum + at_segment, mask, EVEN)
-        for i in range(stop - begin):
-            position = stop - 1 - i
+        blocks = tl.cdiv(stop - begin, ANCHOR)
+        for j in range(blocks):
+            block = blocks - 1 - j
             if DESCEND:
-                position = begin + i
-            row = token(position, order, length, REVERSE)
-            at = (rows + row) * channels + d
-            x = load(u + row * u_row + d, mask, EVEN)
-            raw = load(delta + row * delta_row + d, mask, EVEN)
-            if delta_bias is not None:
-                raw += bias
-            dt = raw
-            if SOFTPLUS:
-                dt = softplus(raw)
-            dy = load(grad_out + row * out_row + d, mask, EVEN)
-            if gate is not None:
-                z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
-                dy = dy * z * sigmoid(z)
-            b = load_scalars(B + row * B_row, N)
-            c = load_scalars(C + row * C_row, N)
-            seen_sum = load(decay_sum + at, mask, EVEN)
-            driven = dt * x
-            weighted = elapsed * driven
-            pushed = tl.zeros([BD], tl.float32)
-            total = tl.zeros([BD], tl.float32)
-            moved = ()
-            sloped = ()
-            pairs = ()
-            for n in tl.static_range(N):
-                g = carry[n] + dy * c[n]
-                felt = g
-                if EXCLUSIVE:
-                    felt = carry[n]
-                fed = b[n] * carry[n]
-                pushed += b[n] * felt
-                total += A2[n] * fed
-                sloped = sloped + (slope[n] - weighted * fed,)
-                moved = moved + (tl.exp2(dt * A2[n]) * g,)
-                if grad_B is not None:
-                    share = fold(driven * felt, BD, LANE_BITS)
-                    if n % 2 == 0:
-                        even = share
-                    else:
-                        pairs = pairs + (exchange(even, share, TOP, LANE_BITS),)
-            carry = moved
-            slope = sloped
-            if grad_B is not None:
-                if N % 2 == 1:
-                    pairs = pairs + (exchange(even, tl.zeros_like(even), TOP, LANE_BITS),)
-                store_sums(grad_B + row * groups * N, pairs, N, LEVELS, LANE_BITS)
-            running += dy * seen_sum - driven * total
-            elapsed -= dt
-            du = dt * pushed
-            ddt = x * pushed + LN2 * running
-            if partial_u is not None:
-                du += load(partial_u + at, mask, EVEN)
-                ddt += load(partial_delta + at, mask, EVEN)
-            if FINAL:
-                if skip is not None:
-                    du += skip_row * dy
+                block = j
+            tokens = tl.minimum(ANCHOR, stop - begin - block * ANCHOR)
+            place_of = index * blocks_per_chunk + nth * blocks_per_segment + block
+            elapsed = load(delta_sum + place_of * channels + d, mask, EVEN)
+            running = tl.zeros([BD], tl.float32)
+            if kept_states is not None:
+                slot = place_of
+                if not KEEP_ALL:
+                    slot = index
+                dt = step_size(next_raw.to(tl.float32), bias, SOFTPLUS)
+                sloped = ()
+                for n in tl.static_range(N):
+                    before = load(kept_states + (slot * N + n) * channels + d, mask, EVEN)
+                    met = carry[n] * (tl.exp2(dt * A2[n]) * before)
+                    if not KEEP_ALL:
+                        met = tl.where(s == 0, met, 0.0)
+                    running += A2[n] * met
+                    sloped = sloped + (slope[n] + elapsed * met,)
+                slope = sloped
+            for i in range(tokens):
+                row = ahead.to(tl.int64)
+                x = next_x.to(tl.float32)
+                raw = next_raw.to(tl.float32)
+                dy = next_dy.to(tl.float32)
+                b = next_b.to(tl.float32)
+                c = next_c.to(tl.float32)
+                if gate is not None:
+                    z = next_z.to(tl.float32)
+                seen_sum = next_sum
+                ahead = beyond
+                beyond = row_at(step + 2, first, last, order, length, REVERSE, not DESCEND)
+                step += 1
+                wide = ahead.to(tl.int64)
+                next_x = fetch(u + wide * u_row + d, mask, EVEN)
+                next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+                next_dy = fetch(grad_out + wide * out_row + d, mask, EVEN)
+                next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
+                next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
+                if gate is not None:
+                    next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
+                next_sum = fetch(decay_sum + wide * channels + d, mask, EVEN)
+                at = row * channels + d
+                if bias is not None:
+                    raw += bias
+                dt = raw
                 if SOFTPLUS:
-                    ddt *= sigmoid(raw)
-                sum_bias += ddt
-            store(grad_u + at, du, mask, EVEN)
-            store(grad_delta + at, ddt, mask, EVEN)
+                    dt = softplus(raw)
+                if gate is not None:
+                    dy = dy * z * sigmoid(z)
+                driven = dt * x
+                # What enters from behind the block is in the anchor, without this token's input.
+                balanced = tl.where(i == 0, 0.0, driven)
+                weighted = elapsed * balanced
+                pushed = tl.zeros([BD], tl.float32)
+                total = tl.zeros([BD], tl.float32)
+                moved = ()
+                sloped = ()
+                pending = no_sums(LEVELS, LANE_BITS)
+                for n in tl.static_range(N):
+                    g = carry[n] + dy * spread(c, n, BD, LANE_BITS)
+                    felt = g
+                    if EXCLUSIVE:
+                        felt = carry[n]
+                    weight = spread(b, n, BD, LANE_BITS)
+                    fed = weight * carry[n]
+                    pushed += weight * felt
+                    total += A2[n] * fed
+                    sloped = sloped + (slope[n] - weighted * fed,)
+                    moved = moved + (tl.exp2(dt * A2[n]) * g,)
+                    if grad_B is not None:
+                        share = fold(driven * felt, BD, LANE_BITS)
+                        pending, sums = add_state(pending, share, n, LEVELS, LANE_BITS)
+                carry = moved
+                slope = sloped
+                if grad_B is not None:
+                    store_sums(grad_B + row * groups * N, pending, sums, N, LEVELS, LANE_BITS)
+                running += dy * seen_sum - balanced * total
+                elapsed -= dt
+                du = dt * pushed
+                ddt = x * pushed + LN2 * running
+                if partial_u is not None:
+                    du += load(partial_u + at, mask, EVEN)
+                    ddt += load(partial_delta + at, mask, EVEN)
+                if FINAL:
+                    if skip is not None:
+                        du += skip_row * dy
+                    if SOFTPLUS:
+                        ddt *= sigmoid(raw)
+                    sum_bias += ddt
+                store(grad_u + at, du, mask, EVEN)
+                store(grad_delta + at, ddt, mask, EVEN)
     own = grad_A + tl.program_id(0).to(tl.int64) * (N * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
         tl.store(own + n * BD, slope[n])

@@ -10,11 +10,12 @@ from medmamba.kernels.arguments import ScanArguments
 
 # Chunk lengths are a pure function of shapes, so that results do not depend on the device: sized
 # for the 132 multiprocessors of an H100 with this many programs (warps) each.
-PROGRAMS = 132 * 16
+PROGRAMS = 132 * 64
 SINGLE_CHUNK_PROGRAMS = 132 * 4  # this many fill the device without cutting the sequence
 CHUNK_STEP = 64
 MAX_CHUNK = 4096
-MAX_TRAINED_CHUNK = 512  # the running sum of the backward is anchored at least this often
+MAX_TRAINED_CHUNK = 512  # a program of the backward walks at most this many tokens
+ANCHOR = 16  # tokens after which the running sums of the backward start anew
 STATE_BLOCK = 16  # states one program keeps in registers; more are walked block by block
 WIDE_TILE, NARROW_TILE = 64, 32
 BACKWARD_REGISTERS = 192  # ten warps on a multiprocessor, and nothing spills
@@ -31,6 +32,7 @@ class Tuning:
         chunk: tokens of one program.
         state_block: states of one program, at most 32.
         registers: most registers of one thread in the two passes of the backward.
+        anchor: tokens after which the running sums of the backward start anew.
         lanes: threads of a warp.
     """
 
@@ -39,6 +41,7 @@ class Tuning:
     chunk: int | None = None
     state_block: int = STATE_BLOCK
     registers: int | None = BACKWARD_REGISTERS
+    anchor: int = ANCHOR
     lanes: int = NVIDIA_LANES if torch.version.hip is None else AMD_LANES
 
 

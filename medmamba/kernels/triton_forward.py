@@ -7,7 +7,10 @@ over states leaves it.
 Shapes: b batch, l length, d channels, g groups, n state, c stretches of a sequence ("chunks").
 u, delta, gate, out (b, l, d); A (d, n); B, C (b, l, g, n); states (b, c, n, d), float32.
 The stretch of a program is cut into segments; the state is zero before each but the first, which
-starts from `states`. Positions count the scan; `_token` turns them into rows of memory.
+starts from `states`. Positions count the scan; `token` turns them into rows of memory.
+
+What a token needs is read one token ahead, since a program has few warps beside it to hide the
+latency of memory; B and C are read one state to a lane and spread over the warp when used.
 """
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
@@ -27,8 +30,10 @@ SIZES = (
     "chunk_length",
     "segment",
     "per_window",
+    "span",
+    "spans",
     "chunks",
-    "segments_per_chunk",
+    "blocks_per_chunk",
     "windows",
     "initial_window",
     "batches",
@@ -84,12 +89,29 @@ def store(pointer, value, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_scalars(pointer, N: tl.constexpr):
-    """Read the N states of one token of B or C as float32 scalars."""
-    values = ()
-    for n in tl.static_range(N):
-        values = values + (tl.load(pointer + n).to(tl.float32),)
-    return values
+def fetch(pointer, mask, EVEN: tl.constexpr):
+    """Read a row of channels in the type of memory, ahead of its use."""
+    if EVEN:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
+def fetch_states(pointer, N: tl.constexpr, LANE_BITS: tl.constexpr):
+    """Read the N states of one token of B or C, one to a lane, ahead of their use."""
+    lanes = tl.arange(0, 1 << LANE_BITS)
+    return tl.load(pointer + lanes, mask=lanes < N, other=0.0)
+
+
+@triton.jit
+def spread(states, n: tl.constexpr, BD: tl.constexpr, LANE_BITS: tl.constexpr):
+    """The value of lane n for all channels of the tile."""
+    lanes = tl.arange(0, 1 << LANE_BITS)
+    value = tl.gather(states, lanes * 0 + n, 0)
+    wide = tl.broadcast_to(value[:, None], [1 << LANE_BITS, BD >> LANE_BITS])
+    return tl.reshape(wide, [BD])
 
 
 @triton.jit
@@ -141,14 +163,23 @@ def stretch(chunk, length, window, chunk_length, per_window):
 
 @triton.jit
 def token(position, order, length, REVERSE: tl.constexpr):
-    """Row of memory read and written at a scan position, 64-bit."""
+    """Row of memory within its sequence read and written at a scan position, 32-bit."""
     if REVERSE:
         position = length - 1 - position
     if order is not None:
-        row = tl.load(order + position).to(tl.int64)
+        row = tl.load(order + position)
     else:
-        row = position.to(tl.int64)
+        row = position
     return row
+
+
+@triton.jit
+def row_at(step, first, last, order, length, REVERSE: tl.constexpr, DESCEND: tl.constexpr):
+    """Row of a step of the walk over a chunk; beyond the last step, the last token's again."""
+    position = tl.minimum(first + step, last - 1)
+    if DESCEND:
+        position = tl.maximum(last - 1 - step, first)
+    return token(tl.maximum(tl.minimum(position, length - 1), 0), order, length, REVERSE)
 
 
 @triton.jit
@@ -194,6 +225,7 @@ def chunk_state(
     states_chunk,
     N: tl.constexpr,
     BD: tl.constexpr,
+    LANE_BITS: tl.constexpr,
     EVEN: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -219,26 +251,43 @@ def chunk_state(
     for n in tl.static_range(N):
         state = state + (tl.zeros([BD], tl.float32),)
     total = tl.zeros([BD], tl.float32)
+    if gate is not None:
+        gate += batch * gate_batch
+    ahead = row_at(0, first, last, order, length, REVERSE, DESCEND)
+    beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
+    wide = ahead.to(tl.int64)
+    next_x = fetch(value + wide * value_row + d, mask, EVEN)
+    next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+    next_w = fetch_states(weight + wide * weight_row, N, LANE_BITS)
+    if gate is not None:
+        next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
     for i in range(last - first):
-        position = first + i
-        if DESCEND:
-            position = last - 1 - i
-        row = token(position, order, length, REVERSE)
-        x = load(value + row * value_row + d, mask, EVEN)
-        dt = step_size(load(delta + row * delta_row + d, mask, EVEN), bias, SOFTPLUS)
-        w = load_scalars(weight + row * weight_row, N)
+        x = next_x.to(tl.float32)
+        raw = next_raw.to(tl.float32)
+        w = next_w.to(tl.float32)
+        if gate is not None:
+            z = next_z.to(tl.float32)
+        ahead = beyond
+        beyond = row_at(i + 2, first, last, order, length, REVERSE, DESCEND)
+        wide = ahead.to(tl.int64)
+        next_x = fetch(value + wide * value_row + d, mask, EVEN)
+        next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+        next_w = fetch_states(weight + wide * weight_row, N, LANE_BITS)
+        if gate is not None:
+            next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
+        dt = step_size(raw, bias, SOFTPLUS)
         if ADJOINT:
             if gate is not None:
-                z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
                 x = x * z * sigmoid(z)
         else:
             x = x * dt
         moved = ()
         for n in tl.static_range(N):
+            pushed = x * spread(w, n, BD, LANE_BITS)
             if ADJOINT:
-                moved = moved + (tl.exp2(dt * A2[n]) * (state[n] + x * w[n]),)
+                moved = moved + (tl.exp2(dt * A2[n]) * (state[n] + pushed),)
             else:
-                moved = moved + (tl.exp2(dt * A2[n]) * state[n] + x * w[n],)
+                moved = moved + (tl.exp2(dt * A2[n]) * state[n] + pushed,)
         state = moved
         total += dt
     index = batch * chunks + chunk
@@ -253,8 +302,12 @@ def state_pass(
     delta_sum,
     A,
     initial,
+    ends,
+    end_sums,
     initial_window,
     per_window,
+    span,
+    spans,
     windows,
     channels,
     states_chunk,
@@ -263,46 +316,63 @@ def state_pass(
     N: tl.constexpr,
     BD: tl.constexpr,
     DESCEND: tl.constexpr,
+    SEEDED: tl.constexpr,
 ):
-    """Turn the states that chunks end with into those that enter them, in place, window by window.
+    """Turn the states that chunks end with into those that enter them, in place, span by span.
 
-    `initial` (b, n, d) enters the first chunk visited of window `initial_window`.
+    A program walks `span` neighbouring chunks of one window for one state. `initial` (b, n, d)
+    enters the first chunk visited of window `initial_window`; SEEDED, it is (b, windows, spans, n,
+    d) and enters every span. With `ends`, nothing changes but `ends` (b, windows, spans, n, d) and
+    `end_sums`, which receive what a span turns a zero state into and its sum of dt.
     """
     tiles = tl.cdiv(channels, BD)
     program = tl.program_id(0)
     tile = program % tiles
     n = (program // tiles) % N
-    window = (program // (tiles * N)) % windows
-    batch = (program // (tiles * N * windows)).to(tl.int64)
+    rest = program // (tiles * N)
+    window = (rest // spans) % windows
+    batch = (rest // (spans * windows)).to(tl.int64)
+    own = (batch * windows + window) * spans + rest % spans
     d = tile * BD + tl.arange(0, BD)
     mask = d < channels
     A2 = tl.load(A + d * A_row + n, mask=mask, other=0.0) * LOG2E
     carry = tl.zeros([BD], tl.float32)
-    if initial is not None:
+    elapsed = tl.zeros([BD], tl.float32)
+    if SEEDED:
+        carry = tl.load(initial + (own * N + n) * channels + d, mask=mask, other=0.0)
+    elif initial is not None:
         seeded = d < tl.where(window == initial_window, channels, 0)
         carry = tl.load(initial + batch * initial_batch + n * channels + d, mask=seeded, other=0.0)
-    base = (batch * windows + window) * per_window
-    for j in range(0, per_window, PREFETCH):
+    start = (rest % spans) * span
+    count = tl.minimum(span, per_window - start)
+    base = (batch * windows + window) * per_window + start
+    for j in range(0, count, PREFETCH):
         local = ()
         decay = ()
         for k in tl.static_range(PREFETCH):
             c = j + k
             if DESCEND:
-                c = per_window - 1 - j - k
-            alive = d < tl.where(j + k < per_window, channels, 0)
+                c = count - 1 - j - k
+            alive = d < tl.where(j + k < count, channels, 0)
             at = base + c
             local = local + (
                 tl.load(states + at * states_chunk + n * channels + d, mask=alive, other=0.0),
             )
             total = tl.load(delta_sum + at * channels + d, mask=alive, other=0.0)
+            elapsed += total
             decay = decay + (tl.exp2(A2 * total),)
         for k in tl.static_range(PREFETCH):
             c = j + k
             if DESCEND:
-                c = per_window - 1 - j - k
-            alive = d < tl.where(j + k < per_window, channels, 0)
-            tl.store(states + (base + c) * states_chunk + n * channels + d, carry, mask=alive)
+                c = count - 1 - j - k
+            alive = d < tl.where(j + k < count, channels, 0)
+            if ends is None:
+                tl.store(states + (base + c) * states_chunk + n * channels + d, carry, mask=alive)
             carry = decay[k] * carry + local[k]
+    if ends is not None:
+        tl.store(ends + (own * N + n) * channels + d, carry, mask=mask)
+        first = d < tl.where(n == 0, channels, 0)
+        tl.store(end_sums + own * channels + d, elapsed, mask=first)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -347,6 +417,7 @@ def chunk_scan(
     last_batch,
     N: tl.constexpr,
     BD: tl.constexpr,
+    LANE_BITS: tl.constexpr,
     EVEN: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -367,6 +438,10 @@ def chunk_scan(
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
     out += batch * length * channels
+    if partial is not None:
+        partial += batch * length * channels
+    if gate is not None:
+        gate += batch * gate_batch
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
     bias = None
     if delta_bias is not None:
@@ -383,6 +458,16 @@ def chunk_scan(
     segments = 1
     if SEGMENTED:
         segments = tl.cdiv(last - first, segment)
+    step = 0
+    ahead = row_at(0, first, last, order, length, REVERSE, DESCEND)
+    beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
+    wide = ahead.to(tl.int64)
+    next_x = fetch(u + wide * u_row + d, mask, EVEN)
+    next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+    next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
+    next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
+    if gate is not None:
+        next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
     for s in range(segments):
         begin = first + s * segment
         if DESCEND:
@@ -393,30 +478,38 @@ def chunk_scan(
             entering = entering + (tl.where(s > 0, 0.0, state[n]),)
         state = entering
         for i in range(stop - begin):
-            position = begin + i
-            if DESCEND:
-                position = stop - 1 - i
-            row = token(position, order, length, REVERSE)
-            x = load(u + row * u_row + d, mask, EVEN)
-            dt = step_size(load(delta + row * delta_row + d, mask, EVEN), bias, SOFTPLUS)
+            row = ahead.to(tl.int64)
+            x = next_x.to(tl.float32)
+            raw = next_raw.to(tl.float32)
+            b = next_b.to(tl.float32)
+            c = next_c.to(tl.float32)
             if gate is not None:
-                z = load(gate + batch * gate_batch + row * gate_row + d, mask, EVEN)
-            b = load_scalars(B + row * B_row, N)
-            c = load_scalars(C + row * C_row, N)
+                z = next_z.to(tl.float32)
+            ahead = beyond
+            beyond = row_at(step + 2, first, last, order, length, REVERSE, DESCEND)
+            step += 1
+            wide = ahead.to(tl.int64)
+            next_x = fetch(u + wide * u_row + d, mask, EVEN)
+            next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
+            next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
+            next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
+            if gate is not None:
+                next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
+            dt = step_size(raw, bias, SOFTPLUS)
             driven = dt * x
             y = tl.zeros([BD], tl.float32)
             if partial is not None:
-                y = load(partial + (batch * length + row) * channels + d, mask, EVEN)
+                y = load(partial + row * channels + d, mask, EVEN)
             if skip is not None:
                 y += skip_row * x
             moved = ()
             for n in tl.static_range(N):
                 kept = tl.exp2(dt * A2[n]) * state[n]
-                h = kept + driven * b[n]
+                h = kept + driven * spread(b, n, BD, LANE_BITS)
+                seen = h
                 if EXCLUSIVE:
-                    y += c[n] * kept
-                else:
-                    y += c[n] * h
+                    seen = kept
+                y += spread(c, n, BD, LANE_BITS) * seen
                 moved = moved + (h,)
             state = moved
             if gate is not None:

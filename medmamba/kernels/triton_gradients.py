@@ -63,15 +63,18 @@ class _Backward:
         if final:
             self._reserve("skip", (*shape, arguments.channels))
             self._reserve("delta_bias", (*shape, arguments.channels))
-        segments = (*shape, leg.cut.segments_per_chunk, arguments.channels)
-        anchor, delta_sum = scan.float(*segments), scan.float(*segments)
+        blocks, states_of = scan.blocks_per_chunk(leg), leg.last - leg.first
+        delta_sum = scan.float(*shape, blocks, arguments.channels)
+        kept = None
+        if scan.keeps_all(leg) or carries is not None:
+            slots = blocks if scan.keeps_all(leg) else 1
+            kept = scan.float(*shape, slots, states_of, arguments.channels)
         programs = (*shape, arguments.groups, self.tiles)
-        grad_A = scan.float(2, *programs, leg.last - leg.first, self.tile)
+        grad_A = scan.float(2, *programs, states_of, self.tile)
         self._forward_pass(
             leg,
             states=self._entering_states(leg, states),
-            carries=carries,
-            anchor=anchor,
+            kept_states=kept,
             delta_sum=delta_sum,
             grad_A=grad_A[0],
         )
@@ -87,7 +90,7 @@ class _Backward:
             partial_u=self.partial_u,
             partial_delta=self.partial_delta,
             decay_sum=self.decay_sum,
-            anchor=anchor,
+            kept_states=kept,
             delta_sum=delta_sum,
             grad_u=target_u,
             grad_delta=target_delta,
@@ -120,8 +123,7 @@ class _Backward:
         leg: Leg,
         *,
         states: Tensor | None,
-        carries: Tensor | None,
-        **buffers: Tensor,
+        **buffers: Tensor | None,
     ) -> None:
         final = leg is self.legs[-1]
         y_before = self.y
@@ -130,7 +132,6 @@ class _Backward:
         self.scan.forward_pass(
             leg,
             states=states,
-            carries=carries,
             grad_out=self.grad_out,
             partial=y_before,
             y_out=None if final else self.y,

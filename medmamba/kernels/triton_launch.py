@@ -5,6 +5,7 @@ Shapes as in arguments.py; states and carries are (b, chunks, n, d) views, float
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from medmamba.kernels.triton_cut import (
 # One warp per program; fused multiply-add is pinned, since its default differs between releases.
 OPTIONS: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 PASS_TILE = 32  # channels of one program of the pass over chunks
+SPAN = 64  # chunks that one program passes when there are more than LONGEST_PASS
+LONGEST_PASS = 256
 
 
 class Scan:
@@ -121,16 +124,53 @@ class Scan:
     def state_pass(
         self, leg: Leg, states: Tensor, sums: Tensor, initial: Tensor | None, *, adjoint: bool
     ) -> None:
-        """Turn the states chunks end with into those that enter them, in place."""
+        """Turn the states chunks end with into those that enter them, in place.
+
+        Many chunks are walked in spans side by side: what every span does to a zero state first,
+        then the pass over spans, then each span from the state that enters it.
+        """
+        per_window = leg.cut.per_window
+        if per_window <= LONGEST_PASS:
+            self._state_pass(leg, states, sums, initial, adjoint=adjoint)
+            return
+        spans = -(-per_window // SPAN)
+        shape = (self.arguments.batch, leg.cut.windows * spans)
+        ends = self.float(*shape, leg.last - leg.first, self.arguments.channels)
+        end_sums = self.float(*shape, self.arguments.channels)
+        sizes = {"span": SPAN, "spans": spans, "adjoint": adjoint}
+        self._state_pass(leg, states, sums, None, ends=ends, end_sums=end_sums, **sizes)
+        upper = replace(leg, cut=replace(leg.cut, per_window=spans))
+        self.state_pass(upper, ends, end_sums, initial, adjoint=adjoint)
+        self._state_pass(leg, states, sums, ends, seeded=True, **sizes)
+
+    def _state_pass(
+        self,
+        leg: Leg,
+        states: Tensor,
+        sums: Tensor,
+        initial: Tensor | None,
+        *,
+        adjoint: bool,
+        span: int | None = None,
+        spans: int = 1,
+        seeded: bool = False,
+        ends: Tensor | None = None,
+        end_sums: Tensor | None = None,
+    ) -> None:
         batch, channels, cut = self.arguments.batch, self.arguments.channels, leg.cut
-        grid = (-(-channels // PASS_TILE) * (leg.last - leg.first) * cut.windows * batch,)
+        tiles = -(-channels // PASS_TILE)
+        grid = (tiles * (leg.last - leg.first) * spans * cut.windows * batch,)
         triton_forward.state_pass[grid](
             states=states,
             delta_sum=sums,
             A=self.A[:, leg.first :],
             initial=initial,
+            ends=ends,
+            end_sums=end_sums,
             initial_window=cut.windows - 1 if adjoint else 0,
             per_window=cut.per_window,
+            span=span or cut.per_window,
+            spans=spans,
             windows=cut.windows,
             channels=channels,
             states_chunk=states.stride(1),
@@ -139,6 +179,7 @@ class Scan:
             N=leg.last - leg.first,
             BD=PASS_TILE,
             DESCEND=leg.descend != adjoint,
+            SEEDED=seeded,
             **OPTIONS,
         )
 
@@ -175,7 +216,6 @@ class Scan:
         leg: Leg,
         *,
         states: Tensor | None,
-        carries: Tensor | None,
         grad_out: Tensor,
         with_skip: bool,
         **buffers: Tensor | None,
@@ -185,16 +225,13 @@ class Scan:
         triton_backward.forward_pass[grid](
             **self._inputs(leg, final=with_skip, gate=self.gate),
             states=states,
-            carries=carries,
             grad_out=grad_out,
             **buffers,
             **common,
-            **self._reduction(leg, common["BD"]),
-            segments_per_chunk=leg.cut.segments_per_chunk,
+            **self._blocks(leg),
             batches=self.arguments.batch,
             **_strides("out", grad_out),
             states_chunk=0 if states is None else states.stride(1),
-            carries_chunk=0 if carries is None else carries.stride(1),
             DESCEND=leg.descend,
             EXCLUSIVE=leg.exclusive,
             SEGMENTED=leg.cut.segments_per_chunk > 1,
@@ -221,8 +258,7 @@ class Scan:
             grad_initial=grad_initial,
             **buffers,
             **common,
-            **self._reduction(leg, common["BD"]),
-            segments_per_chunk=leg.cut.segments_per_chunk,
+            **self._blocks(leg),
             batches=self.arguments.batch,
             **_strides("out", grad_out),
             carries_chunk=0 if carries is None else carries.stride(1),
@@ -273,6 +309,7 @@ class Scan:
             "groups": arguments.groups,
             "N": leg.last - leg.first,
             "BD": tile,
+            "LANE_BITS": min(self.tuning.lanes, tile).bit_length() - 1,
             "EVEN": group_channels(arguments) % tile == 0,
             "SOFTPLUS": arguments.delta_softplus,
             "REVERSE": arguments.reverse,
@@ -284,12 +321,22 @@ class Scan:
         cap = self.tuning.registers
         return {} if cap is None or self.tuning.lanes != NVIDIA_LANES else {"maxnreg": cap}
 
-    def _reduction(self, leg: Leg, tile: int) -> dict[str, int]:
-        """Steps of the sums over the channels of a tile."""
+    def _blocks(self, leg: Leg) -> dict[str, int]:
+        """Sizes that only the passes of the backward take."""
         return {
             "LEVELS": max((leg.last - leg.first - 1).bit_length(), 1),
-            "LANE_BITS": min(self.tuning.lanes, tile).bit_length() - 1,
+            "ANCHOR": self.tuning.anchor,
+            "KEEP_ALL": self.keeps_all(leg),
+            "blocks_per_chunk": self.blocks_per_chunk(leg),
         }
+
+    def blocks_per_chunk(self, leg: Leg) -> int:
+        """Blocks of a chunk, each with a running sum of its own."""
+        return leg.cut.segments_per_chunk * -(-leg.cut.segment // self.tuning.anchor)
+
+    def keeps_all(self, leg: Leg) -> bool:
+        """Whether blocks within a segment follow each other, so that each needs its anchor."""
+        return leg.cut.segment > self.tuning.anchor
 
     def _states_of(self, leg: Leg, into: Tensor | None) -> Tensor:
         if into is not None and leg.causal:
