@@ -17,7 +17,7 @@ since the block began. Our own derivation; shapes as in triton_forward.py.
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
 # mypy: disable-error-code="untyped-decorator,assignment,no-untyped-def,no-untyped-call"
-# ruff: noqa: B007, RUF005, SIM102
+# ruff: noqa: B007, RUF005
 
 import triton  # noqa: TID251  (part of triton's door)
 import triton.language as tl  # noqa: TID251
@@ -123,12 +123,11 @@ def forward_pass(
     partial,
     y_out,
     grad_gate,
+    gated,
     decay_sum,
-    kept_states,
-    delta_sum,
+    kept,
     grad_C,
-    grad_A,
-    grad_skip,
+    sums,
     length,
     window,
     chunk_length,
@@ -168,14 +167,13 @@ def forward_pass(
     EXCLUSIVE: tl.constexpr,
     SEGMENTED: tl.constexpr,
     ANCHOR: tl.constexpr,
-    KEEP_ALL: tl.constexpr,
 ):
     """Recompute h; write R_t, the gradients of C and the gate, and a part of that of A.
 
-    `decay_sum` (b, l, d) receives R_t, `delta_sum` (b, c, blocks, d) the dt of each block,
-    `kept_states` (b, c, blocks, n, d) the state before its last token; without KEEP_ALL a segment
-    is a block, and only that of the last segment is kept. `grad_C` (tiles, b, l, g, n) and `grad_A`
-    (programs, n, tile) are summed over programs by the host.
+    `decay_sum` (b, l, d) receives R_t and `gated` (b, l, d) the gradient before the gate. `kept`
+    (programs, blocks, n + 1, tile), in the order of the walk, receives the state before the last
+    token of each block, and the dt that passed in it. `grad_C` (tiles, b, l, g, n) and `sums`
+    (programs, n + 1, tile), for A and in its last row for the skip, are added up by the host.
     """
     batch, chunk, group, tile, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
     mask = lane < group_channels
@@ -190,6 +188,8 @@ def forward_pass(
     decay_sum += batch * length * channels
     if partial is not None:
         partial += batch * length * channels
+    if gated is not None:
+        gated += batch * length * channels
     if y_out is not None:
         y_out += batch * length * channels
     if grad_gate is not None:
@@ -214,10 +214,12 @@ def forward_pass(
     segments = 1
     if SEGMENTED:
         segments = tl.cdiv(last - first, segment)
-    blocks_per_segment = tl.cdiv(segment, ANCHOR)
+    program = tl.program_id(0).to(tl.int64)
+    slot = kept + program * blocks_per_chunk * ((N + 1) * BD) + tl.arange(0, BD)
     step = 0
     ahead = row_at(0, first, last, order, length, REVERSE, DESCEND)
-    beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
+    if order is not None:
+        beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
     wide = ahead.to(tl.int64)
     next_x = fetch(u + wide * u_row + d, mask, EVEN)
     next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
@@ -242,7 +244,6 @@ def forward_pass(
             if DESCEND:
                 block = blocks - 1 - j
             tokens = tl.minimum(ANCHOR, stop - begin - block * ANCHOR)
-            place_of = index * blocks_per_chunk + nth * blocks_per_segment + block
             elapsed = tl.zeros([BD], tl.float32)
             for i in range(tokens):
                 row = ahead.to(tl.int64)
@@ -253,8 +254,11 @@ def forward_pass(
                 c = next_c.to(tl.float32)
                 if gate is not None:
                     z = next_z.to(tl.float32)
-                ahead = beyond
-                beyond = row_at(step + 2, first, last, order, length, REVERSE, DESCEND)
+                if order is not None:
+                    ahead = beyond
+                    beyond = row_at(step + 2, first, last, order, length, REVERSE, DESCEND)
+                else:
+                    ahead = row_at(step + 1, first, last, order, length, REVERSE, DESCEND)
                 step += 1
                 wide = ahead.to(tl.int64)
                 next_x = fetch(u + wide * u_row + d, mask, EVEN)
@@ -265,16 +269,9 @@ def forward_pass(
                 if gate is not None:
                     next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
                 at = row * channels + d
-                if kept_states is not None:
-                    ends = i == tokens - 1
-                    slot = place_of
-                    if not KEEP_ALL:
-                        ends = ends & (s == segments - 1)
-                        slot = index
-                    if ends:
-                        for n in tl.static_range(N):
-                            kept_at = kept_states + (slot * N + n) * channels + d
-                            store(kept_at, state[n], mask, EVEN)
+                if i == tokens - 1:
+                    for n in tl.static_range(N):
+                        tl.store(slot + n * BD, state[n])
                 dt = step_size(raw, bias, SOFTPLUS)
                 if gate is not None:
                     y = tl.zeros([BD], tl.float32)
@@ -289,20 +286,20 @@ def forward_pass(
                 driven = dt * x
                 elapsed += dt
                 weighted = elapsed * grad_y
-                if grad_skip is not None:
+                if skip is not None:
                     sum_skip += grad_y * x
                 total = tl.zeros([BD], tl.float32)
                 moved = ()
                 sloped = ()
                 pending = no_sums(LEVELS, LANE_BITS)
                 for n in tl.static_range(N):
-                    kept = tl.exp2(dt * A2[n]) * state[n]
-                    h = kept + driven * spread(b, n, BD, LANE_BITS)
+                    decayed = tl.exp2(dt * A2[n]) * state[n]
+                    h = decayed + driven * spread(b, n, BD, LANE_BITS)
                     seen = h
                     if EXCLUSIVE:
-                        seen = kept
+                        seen = decayed
                     weight = spread(c, n, BD, LANE_BITS)
-                    shown = weight * kept
+                    shown = weight * decayed
                     if gate is not None:
                         y += weight * seen
                     total += A2[n] * shown
@@ -310,23 +307,25 @@ def forward_pass(
                     moved = moved + (h,)
                     if grad_C is not None:
                         share = fold(grad_y * seen, BD, LANE_BITS)
-                        pending, sums = add_state(pending, share, n, LEVELS, LANE_BITS)
+                        pending, total_of = add_state(pending, share, n, LEVELS, LANE_BITS)
                 state = moved
                 slope = sloped
                 if grad_C is not None:
-                    store_sums(grad_C + row * groups * N, pending, sums, N, LEVELS, LANE_BITS)
+                    store_sums(grad_C + row * groups * N, pending, total_of, N, LEVELS, LANE_BITS)
+                if gated is not None:
+                    store(gated + at, grad_y, mask, EVEN)
                 store(decay_sum + at, total, mask, EVEN)
                 if y_out is not None:
                     store(y_out + at, y, mask, EVEN)
                 if grad_gate is not None:
                     grad_z = dy * y * opened * (1.0 + z * (1.0 - opened))
                     store(grad_gate + at, grad_z, mask, EVEN)
-            store(delta_sum + place_of * channels + d, elapsed, mask, EVEN)
-    own = grad_A + tl.program_id(0).to(tl.int64) * (N * BD) + tl.arange(0, BD)
+            tl.store(slot + N * BD, elapsed)
+            slot += (N + 1) * BD
+    own = sums + tl.program_id(0).to(tl.int64) * ((N + 1) * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
         tl.store(own + n * BD, slope[n])
-    if grad_skip is not None:
-        store(grad_skip + index * channels + d, sum_skip, mask, EVEN)
+    tl.store(own + N * BD, sum_skip)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -337,7 +336,6 @@ def reverse_pass(
     B,
     C,
     skip,
-    gate,
     delta_bias,
     order,
     carries,
@@ -345,13 +343,11 @@ def reverse_pass(
     partial_u,
     partial_delta,
     decay_sum,
-    kept_states,
-    delta_sum,
+    kept,
     grad_u,
     grad_delta,
     grad_B,
-    grad_A,
-    grad_bias,
+    sums,
     grad_initial,
     length,
     window,
@@ -369,8 +365,6 @@ def reverse_pass(
     u_row,
     delta_batch,
     delta_row,
-    gate_batch,
-    gate_row,
     out_batch,
     out_row,
     B_batch,
@@ -393,14 +387,14 @@ def reverse_pass(
     EXCLUSIVE: tl.constexpr,
     SEGMENTED: tl.constexpr,
     ANCHOR: tl.constexpr,
-    KEEP_ALL: tl.constexpr,
     FINAL: tl.constexpr,
 ):
     """Recompute g against the walk of the forward; write all gradients that need it.
 
-    DESCEND is the direction of the forward: this pass walks the other way. `partial_u` and
-    `partial_delta` (b, l, d) hold what other scans of the same tokens contributed. Only the FINAL
-    one of several goes through the softplus and adds the skip.
+    `grad_out` is the gradient before the gate. DESCEND is the direction of the forward: this pass
+    walks the other way. `partial_u` and `partial_delta` (b, l, d) hold what other scans of the same
+    tokens contributed. Only the FINAL one of several goes through the softplus and adds the skip.
+    The last row of `sums` is for the bias.
     """
     batch, chunk, group, tile, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
     mask = lane < group_channels
@@ -408,16 +402,9 @@ def reverse_pass(
     u += batch * u_batch
     delta += batch * delta_batch
     grad_out += batch * out_batch
-    if gate is not None:
-        gate += batch * gate_batch
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
-    decay_sum += batch * length * channels
-    grad_u += batch * length * channels
-    grad_delta += batch * length * channels
-    if partial_u is not None:
-        partial_u += batch * length * channels
-        partial_delta += batch * length * channels
+    rows = batch * length
     if grad_B is not None:
         grad_B += ((tile * batches + batch) * length * groups + group) * N
     A2 = load_decays(A + d * A_row, mask, N, EVEN)
@@ -438,19 +425,25 @@ def reverse_pass(
     segments = 1
     if SEGMENTED:
         segments = tl.cdiv(last - first, segment)
-    blocks_per_segment = tl.cdiv(segment, ANCHOR)
+    program = tl.program_id(0).to(tl.int64)
+    whole = tl.maximum(segments - 1, 0) * tl.cdiv(segment, ANCHOR)
+    ragged = tl.cdiv(tl.maximum(last - first - (segments - 1) * segment, 0), ANCHOR)
+    if not SEGMENTED:
+        whole = 0
+        ragged = tl.cdiv(tl.maximum(last - first, 0), ANCHOR)
+    slot = kept + program * blocks_per_chunk * ((N + 1) * BD) + tl.arange(0, BD)
+    slot += (whole + ragged) * ((N + 1) * BD)
     step = 0
     ahead = row_at(0, first, last, order, length, REVERSE, not DESCEND)
-    beyond = row_at(1, first, last, order, length, REVERSE, not DESCEND)
+    if order is not None:
+        beyond = row_at(1, first, last, order, length, REVERSE, not DESCEND)
     wide = ahead.to(tl.int64)
     next_x = fetch(u + wide * u_row + d, mask, EVEN)
     next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
     next_dy = fetch(grad_out + wide * out_row + d, mask, EVEN)
     next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
     next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
-    if gate is not None:
-        next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
-    next_sum = fetch(decay_sum + wide * channels + d, mask, EVEN)
+    next_sum = fetch(decay_sum + (rows + wide) * channels + d, mask, EVEN)
     for s in range(segments):
         nth = segments - 1 - s
         if DESCEND:
@@ -467,23 +460,16 @@ def reverse_pass(
             if DESCEND:
                 block = j
             tokens = tl.minimum(ANCHOR, stop - begin - block * ANCHOR)
-            place_of = index * blocks_per_chunk + nth * blocks_per_segment + block
-            elapsed = load(delta_sum + place_of * channels + d, mask, EVEN)
+            slot -= (N + 1) * BD
+            elapsed = tl.load(slot + N * BD)
             running = tl.zeros([BD], tl.float32)
-            if kept_states is not None:
-                slot = place_of
-                if not KEEP_ALL:
-                    slot = index
-                dt = step_size(next_raw.to(tl.float32), bias, SOFTPLUS)
-                sloped = ()
-                for n in tl.static_range(N):
-                    before = load(kept_states + (slot * N + n) * channels + d, mask, EVEN)
-                    met = carry[n] * (tl.exp2(dt * A2[n]) * before)
-                    if not KEEP_ALL:
-                        met = tl.where(s == 0, met, 0.0)
-                    running += A2[n] * met
-                    sloped = sloped + (slope[n] + elapsed * met,)
-                slope = sloped
+            dt = step_size(next_raw.to(tl.float32), bias, SOFTPLUS)
+            sloped = ()
+            for n in tl.static_range(N):
+                met = carry[n] * (tl.exp2(dt * A2[n]) * tl.load(slot + n * BD))
+                running += A2[n] * met
+                sloped = sloped + (slope[n] + elapsed * met,)
+            slope = sloped
             for i in range(tokens):
                 row = ahead.to(tl.int64)
                 x = next_x.to(tl.float32)
@@ -491,11 +477,12 @@ def reverse_pass(
                 dy = next_dy.to(tl.float32)
                 b = next_b.to(tl.float32)
                 c = next_c.to(tl.float32)
-                if gate is not None:
-                    z = next_z.to(tl.float32)
                 seen_sum = next_sum
-                ahead = beyond
-                beyond = row_at(step + 2, first, last, order, length, REVERSE, not DESCEND)
+                if order is not None:
+                    ahead = beyond
+                    beyond = row_at(step + 2, first, last, order, length, REVERSE, not DESCEND)
+                else:
+                    ahead = row_at(step + 1, first, last, order, length, REVERSE, not DESCEND)
                 step += 1
                 wide = ahead.to(tl.int64)
                 next_x = fetch(u + wide * u_row + d, mask, EVEN)
@@ -503,18 +490,15 @@ def reverse_pass(
                 next_dy = fetch(grad_out + wide * out_row + d, mask, EVEN)
                 next_b = fetch_states(B + wide * B_row, N, LANE_BITS)
                 next_c = fetch_states(C + wide * C_row, N, LANE_BITS)
-                if gate is not None:
-                    next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
-                next_sum = fetch(decay_sum + wide * channels + d, mask, EVEN)
-                at = row * channels + d
+                next_sum = fetch(decay_sum + (rows + wide) * channels + d, mask, EVEN)
+                at = (rows + row) * channels + d
                 if bias is not None:
                     raw += bias
                 dt = raw
                 if SOFTPLUS:
                     dt = softplus(raw)
-                if gate is not None:
-                    dy = dy * z * sigmoid(z)
                 driven = dt * x
+                running += dy * seen_sum
                 # What enters from behind the block is in the anchor, without this token's input.
                 balanced = tl.where(i == 0, 0.0, driven)
                 weighted = elapsed * balanced
@@ -536,12 +520,12 @@ def reverse_pass(
                     moved = moved + (tl.exp2(dt * A2[n]) * g,)
                     if grad_B is not None:
                         share = fold(driven * felt, BD, LANE_BITS)
-                        pending, sums = add_state(pending, share, n, LEVELS, LANE_BITS)
+                        pending, total_of = add_state(pending, share, n, LEVELS, LANE_BITS)
                 carry = moved
                 slope = sloped
                 if grad_B is not None:
-                    store_sums(grad_B + row * groups * N, pending, sums, N, LEVELS, LANE_BITS)
-                running += dy * seen_sum - balanced * total
+                    store_sums(grad_B + row * groups * N, pending, total_of, N, LEVELS, LANE_BITS)
+                running -= balanced * total
                 elapsed -= dt
                 du = dt * pushed
                 ddt = x * pushed + LN2 * running
@@ -556,12 +540,10 @@ def reverse_pass(
                     sum_bias += ddt
                 store(grad_u + at, du, mask, EVEN)
                 store(grad_delta + at, ddt, mask, EVEN)
-    own = grad_A + tl.program_id(0).to(tl.int64) * (N * BD) + tl.arange(0, BD)
+    own = sums + tl.program_id(0).to(tl.int64) * ((N + 1) * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
         tl.store(own + n * BD, slope[n])
-    if FINAL:
-        if delta_bias is not None:
-            store(grad_bias + index * channels + d, sum_bias, mask, EVEN)
+    tl.store(own + N * BD, sum_bias)
     if grad_initial is not None:
         starts = chunk == 0
         if DESCEND:

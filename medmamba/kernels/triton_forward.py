@@ -176,10 +176,11 @@ def token(position, order, length, REVERSE: tl.constexpr):
 @triton.jit
 def row_at(step, first, last, order, length, REVERSE: tl.constexpr, DESCEND: tl.constexpr):
     """Row of a step of the walk over a chunk; beyond the last step, the last token's again."""
-    position = tl.minimum(first + step, last - 1)
+    final = tl.maximum(last - 1, 0)
+    position = tl.minimum(first + step, final)
     if DESCEND:
-        position = tl.maximum(last - 1 - step, first)
-    return token(tl.maximum(tl.minimum(position, length - 1), 0), order, length, REVERSE)
+        position = tl.maximum(last - 1 - step, tl.minimum(first, final))
+    return token(position, order, length, REVERSE)
 
 
 @triton.jit
@@ -195,7 +196,6 @@ def step_size(raw, bias, SOFTPLUS: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state(
     value,
-    gate,
     delta,
     A,
     weight,
@@ -214,8 +214,6 @@ def chunk_state(
     groups,
     value_batch,
     value_row,
-    gate_batch,
-    gate_row,
     delta_batch,
     delta_row,
     weight_batch,
@@ -234,8 +232,8 @@ def chunk_state(
 ):
     """Walk each chunk from a zero state; write the state it ends with and the sum of dt.
 
-    Forward: value is u and weight is B. Adjoint: value is the gradient of out, weight is C, and the
-    carry is what the gradient of the state becomes one token earlier.
+    Forward: value is u and weight is B. Adjoint: value is the gradient before the gate, weight is
+    C, and the carry is what the gradient of the state becomes one token earlier.
     """
     batch, chunk, group, _, d, lane = place(group_channels, tiles_per_group, groups, chunks, BD)
     mask = lane < group_channels
@@ -251,35 +249,28 @@ def chunk_state(
     for n in tl.static_range(N):
         state = state + (tl.zeros([BD], tl.float32),)
     total = tl.zeros([BD], tl.float32)
-    if gate is not None:
-        gate += batch * gate_batch
     ahead = row_at(0, first, last, order, length, REVERSE, DESCEND)
-    beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
+    if order is not None:
+        beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
     wide = ahead.to(tl.int64)
     next_x = fetch(value + wide * value_row + d, mask, EVEN)
     next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
     next_w = fetch_states(weight + wide * weight_row, N, LANE_BITS)
-    if gate is not None:
-        next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
     for i in range(last - first):
         x = next_x.to(tl.float32)
         raw = next_raw.to(tl.float32)
         w = next_w.to(tl.float32)
-        if gate is not None:
-            z = next_z.to(tl.float32)
-        ahead = beyond
-        beyond = row_at(i + 2, first, last, order, length, REVERSE, DESCEND)
+        if order is not None:
+            ahead = beyond
+            beyond = row_at(i + 2, first, last, order, length, REVERSE, DESCEND)
+        else:
+            ahead = row_at(i + 1, first, last, order, length, REVERSE, DESCEND)
         wide = ahead.to(tl.int64)
         next_x = fetch(value + wide * value_row + d, mask, EVEN)
         next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
         next_w = fetch_states(weight + wide * weight_row, N, LANE_BITS)
-        if gate is not None:
-            next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
         dt = step_size(raw, bias, SOFTPLUS)
-        if ADJOINT:
-            if gate is not None:
-                x = x * z * sigmoid(z)
-        else:
+        if not ADJOINT:
             x = x * dt
         moved = ()
         for n in tl.static_range(N):
@@ -460,7 +451,8 @@ def chunk_scan(
         segments = tl.cdiv(last - first, segment)
     step = 0
     ahead = row_at(0, first, last, order, length, REVERSE, DESCEND)
-    beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
+    if order is not None:
+        beyond = row_at(1, first, last, order, length, REVERSE, DESCEND)
     wide = ahead.to(tl.int64)
     next_x = fetch(u + wide * u_row + d, mask, EVEN)
     next_raw = fetch(delta + wide * delta_row + d, mask, EVEN)
@@ -485,8 +477,11 @@ def chunk_scan(
             c = next_c.to(tl.float32)
             if gate is not None:
                 z = next_z.to(tl.float32)
-            ahead = beyond
-            beyond = row_at(step + 2, first, last, order, length, REVERSE, DESCEND)
+            if order is not None:
+                ahead = beyond
+                beyond = row_at(step + 2, first, last, order, length, REVERSE, DESCEND)
+            else:
+                ahead = row_at(step + 1, first, last, order, length, REVERSE, DESCEND)
             step += 1
             wide = ahead.to(tl.int64)
             next_x = fetch(u + wide * u_row + d, mask, EVEN)

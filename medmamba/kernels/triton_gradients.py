@@ -54,57 +54,60 @@ class _Backward:
         # R_t is read where the gradient of dt is written, token by token: they share memory.
         shared = single and self.grad_delta.dtype is torch.float32
         self.decay_sum = self.grad_delta if shared else scan.rows()
+        # So do the gradient before the gate and that of u.
+        shared = single and self.grad_u.dtype is torch.float32
+        self.gated: Tensor | None = None
+        if gate is not None:
+            self.gated = self.grad_u if shared else scan.rows()
 
     def walk(self, leg: Leg, states: Tensor, grad_h_last: Tensor | None) -> None:
         """Run both passes of one leg."""
         scan, arguments, final = self.scan, self.scan.arguments, leg is self.legs[-1]
-        carries = scan.entering_carries(leg, self.grad_out, grad_h_last)
         shape = (arguments.batch, leg.cut.chunks)
-        if final:
-            self._reserve("skip", (*shape, arguments.channels))
-            self._reserve("delta_bias", (*shape, arguments.channels))
-        blocks, states_of = scan.blocks_per_chunk(leg), leg.last - leg.first
-        delta_sum = scan.float(*shape, blocks, arguments.channels)
-        kept = None
-        if scan.keeps_all(leg) or carries is not None:
-            slots = blocks if scan.keeps_all(leg) else 1
-            kept = scan.float(*shape, slots, states_of, arguments.channels)
         programs = (*shape, arguments.groups, self.tiles)
-        grad_A = scan.float(2, *programs, states_of, self.tile)
+        states_of = leg.last - leg.first
+        kept = scan.float(*programs, scan.blocks_per_chunk(leg), states_of + 1, self.tile)
+        sums = scan.float(2, *programs, states_of + 1, self.tile)
         self._forward_pass(
             leg,
             states=self._entering_states(leg, states),
-            kept_states=kept,
-            delta_sum=delta_sum,
-            grad_A=grad_A[0],
+            kept=kept,
+            sums=sums[0],
         )
+        before_gate = self.grad_out if self.gated is None else self.gated
+        carries = scan.entering_carries(leg, before_gate, grad_h_last)
         grad_B = self._projection("B", leg)
         target_u, target_delta = self._targets(final)
         grad_initial = self.grad_initial if leg.causal else None
         scan.reverse_pass(
             leg,
             carries=carries,
-            grad_out=self.grad_out,
+            grad_out=before_gate,
             final=final,
             grad_initial=None if grad_initial is None else grad_initial[:, leg.first :],
             partial_u=self.partial_u,
             partial_delta=self.partial_delta,
             decay_sum=self.decay_sum,
-            kept_states=kept,
-            delta_sum=delta_sum,
+            kept=kept,
             grad_u=target_u,
             grad_delta=target_delta,
             grad_B=grad_B,
-            grad_A=grad_A[1],
-            grad_bias=self.parameters.get("delta_bias"),
+            sums=sums[1],
         )
         self.partial_u, self.partial_delta = target_u, target_delta
-        self.slopes.append((leg, self._over_programs(grad_A)))
+        forward, reverse = self._over_programs(sums)
+        self.slopes.append((leg, forward[:, :states_of] + reverse[:, :states_of]))
+        if final:
+            self.parameters = {"skip": forward[:, -1], "delta_bias": reverse[:, -1]}
 
     def gradients(self) -> Gradients:
         """Reduce what the programs wrote, in a fixed order."""
         arguments, needs = self.scan.arguments, self.needs
-        sums = {name: value.sum((0, 1)) for name, value in self.parameters.items()}
+        sums = {
+            name: value.contiguous()
+            for name, value in self.parameters.items()
+            if getattr(arguments, name) is not None
+        }
         grad_gate = self.grad_gate
         return Gradients(
             u=laid_out_as(arguments.u, self.grad_u) if needs.u else None,
@@ -136,9 +139,9 @@ class _Backward:
             partial=y_before,
             y_out=None if final else self.y,
             grad_gate=self.grad_gate if final else None,
+            gated=self.gated,
             decay_sum=self.decay_sum,
             grad_C=self._projection("C", leg),
-            grad_skip=self.parameters.get("skip"),
             with_skip=final,
             **buffers,
         )
@@ -166,15 +169,12 @@ class _Backward:
         self.projections[name].append((leg, room))
         return room
 
-    def _reserve(self, name: str, shape: tuple[int, ...]) -> None:
-        if getattr(self.scan.arguments, name) is not None:
-            self.parameters[name] = self.scan.float(*shape)
-
     def _over_programs(self, part: Tensor) -> Tensor:
-        """Sum (passes, b, chunks, groups, tiles, n, tile) to (d, n)."""
-        tiled = part.sum((0, 1, 2)).mT
-        whole = tiled.reshape(tiled.shape[0], self.tiles * self.tile, tiled.shape[-1])
-        return whole[:, : group_channels(self.scan.arguments)].reshape(-1, tiled.shape[-1])
+        """Sum (2, b, chunks, groups, tiles, n + 1, tile) to (2, d, n + 1)."""
+        tiled = part.sum((1, 2)).transpose(-1, -2)
+        width = part.shape[-2]
+        whole = tiled.reshape(2, -1, self.tiles * self.tile, width)
+        return whole[:, :, : group_channels(self.scan.arguments)].reshape(2, -1, width)
 
     def _assemble(self, parts: list[tuple[Leg, Tensor]], like: Tensor) -> Tensor:
         """Add the legs' blocks of states, in the type of the argument."""

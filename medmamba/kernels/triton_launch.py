@@ -93,14 +93,12 @@ class Scan:
         """Walk all chunks from zero; returns the sum of dt of each, (b, chunks, d)."""
         adjoint = grad_out is not None
         value = self.u if grad_out is None else grad_out
-        gate = self.gate if adjoint else None
         weight = self.C if adjoint else self.B
         sums = self.float(self.arguments.batch, leg.cut.chunks, self.arguments.channels)
         grid, common = self._common(leg, self.tuning.tile)
         del common["segment"]
         triton_forward.chunk_state[grid](
             value=value,
-            gate=gate,
             delta=self.delta,
             A=self.A[:, leg.first :],
             weight=weight[..., leg.first :],
@@ -110,7 +108,6 @@ class Scan:
             delta_sum=sums,
             **common,
             **_strides("value", value),
-            **_strides("gate", gate),
             **_strides("delta", self.delta),
             **_strides("weight", weight),
             A_row=self.A.stride(0),
@@ -197,7 +194,9 @@ class Scan:
         grid, common = self._common(leg, self.tuning.tile)
         gate = self.gate if final else None
         triton_forward.chunk_scan[grid](
-            **self._inputs(leg, final=final, gate=gate),
+            **self._inputs(leg, final=final),
+            gate=gate,
+            **_strides("gate", gate),
             states=states,
             partial=partial,
             out=out,
@@ -223,7 +222,9 @@ class Scan:
         """First pass of the backward; `buffers` are named as the kernel's arguments."""
         grid, common = self._common(leg, self.tuning.backward_tile)
         triton_backward.forward_pass[grid](
-            **self._inputs(leg, final=with_skip, gate=self.gate),
+            **self._inputs(leg, final=with_skip),
+            gate=self.gate,
+            **_strides("gate", self.gate),
             states=states,
             grad_out=grad_out,
             **buffers,
@@ -252,7 +253,7 @@ class Scan:
         """Second pass of the backward; `buffers` are named as the kernel's arguments."""
         grid, common = self._common(leg, self.tuning.backward_tile)
         triton_backward.reverse_pass[grid](
-            **self._inputs(leg, final=True, gate=self.gate),
+            **self._inputs(leg, final=True),
             carries=carries,
             grad_out=grad_out,
             grad_initial=grad_initial,
@@ -271,7 +272,7 @@ class Scan:
             **OPTIONS,
         )
 
-    def _inputs(self, leg: Leg, *, final: bool, gate: Tensor | None) -> dict[str, Any]:
+    def _inputs(self, leg: Leg, *, final: bool) -> dict[str, Any]:
         B, C = self.B[..., leg.first :], self.C[..., leg.first :]
         return {
             "u": self.u,
@@ -280,12 +281,10 @@ class Scan:
             "B": B,
             "C": C,
             "skip": self.skip if final else None,
-            "gate": gate,
             "delta_bias": self.delta_bias,
             "order": self.order,
             **_strides("u", self.u),
             **_strides("delta", self.delta),
-            **_strides("gate", gate),
             **_strides("B", B),
             **_strides("C", C),
             "A_row": self.A.stride(0),
@@ -326,17 +325,12 @@ class Scan:
         return {
             "LEVELS": max((leg.last - leg.first - 1).bit_length(), 1),
             "ANCHOR": self.tuning.anchor,
-            "KEEP_ALL": self.keeps_all(leg),
             "blocks_per_chunk": self.blocks_per_chunk(leg),
         }
 
     def blocks_per_chunk(self, leg: Leg) -> int:
         """Blocks of a chunk, each with a running sum of its own."""
         return leg.cut.segments_per_chunk * -(-leg.cut.segment // self.tuning.anchor)
-
-    def keeps_all(self, leg: Leg) -> bool:
-        """Whether blocks within a segment follow each other, so that each needs its anchor."""
-        return leg.cut.segment > self.tuning.anchor
 
     def _states_of(self, leg: Leg, into: Tensor | None) -> Tensor:
         if into is not None and leg.causal:
