@@ -42,7 +42,8 @@ def test_agrees_for_ragged_tiles_and_groups(
     interpreted: Interpreted, channels: int, groups: int
 ) -> None:
     sizes = replace(SMALL, length=5, channels=channels, groups=groups)
-    assert_agrees(interpreted, make_arguments(sizes))
+    # with the first seed the terms of one channel's bias gradient cancel to a hundredth
+    assert_agrees(interpreted, make_arguments(sizes, seed=1))
 
 
 @pytest.mark.parametrize("state", [1, 3, 16])

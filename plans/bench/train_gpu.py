@@ -1,0 +1,163 @@
+"""Measure training steps of planned networks on a GPU against what the planner expects of them.
+
+    python plans/bench/train_gpu.py PLANS_FOLDER [--json OUT.json] [--seconds 20]
+
+PLANS_FOLDER holds plan files as ``medmamba plan`` writes them, one a network. For each: labels of
+one patch on the GPU against the CPU (float32), then steps on random patches under bfloat16 with
+time and peak memory, beside the planner's estimate, and some under float16. At last LightM-UNet at
+128x128x128, batch 1. No data is needed; nothing is learned.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medmamba.networks import NETWORKS, build_network
+from medmamba.networks.memory import training_memory_bytes
+from medmamba.networks.spec import NetworkSpec
+from medmamba.plans.nnunet_schema import load_plan
+from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.sampling import Batch
+from medmamba.training.stepping import Stepper
+
+CONFIGURATION = "3d_fullres"
+BIG_PATCH = (128, 128, 128)
+WARMUP = 3
+CUDA = torch.device("cuda")
+OPTIMIZER_STATES = {"sgd": 1}
+
+
+def batch_of(spec: NetworkSpec, size: int) -> Batch:
+    """Random patches with random labels."""
+    return Batch(
+        data=torch.randn(size, spec.in_channels, *spec.patch_size),
+        labels=torch.randint(0, spec.out_channels, (size, 1, *spec.patch_size)).short(),
+        cases=("random",) * size,
+        iteration=0,
+    )
+
+
+def steps(
+    spec: NetworkSpec, recipe: TrainingRecipe, label_map: Any, size: int, precision: str, s: float
+) -> dict[str, Any]:
+    """Train for some seconds; times, peak bytes and whether all was finite."""
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    network = build_network(spec).to(CUDA).train()
+    stepper = Stepper(network, recipe, label_map, device=CUDA, precision=precision, batch_size=size)
+    batch, times, finite, skipped = batch_of(spec, size), [], True, 0
+    end = time.monotonic() + s
+    while len(times) < WARMUP + 3 or time.monotonic() < end:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        outcome = stepper.train(batch, recipe.learning_rate, len(times))
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+        skipped += not outcome.applied
+        finite = finite and outcome.loss == outcome.loss
+        if len(times) >= WARMUP + 200:
+            break
+    return {
+        "precision": precision,
+        "step_ms": statistics.median(times[WARMUP:]) * 1e3,
+        "spread_ms": statistics.pstdev(times[WARMUP:]) * 1e3,
+        "steps": len(times),
+        "peak_bytes": torch.cuda.max_memory_allocated() - before,
+        "finite": finite,
+        "steps_not_applied": skipped,
+    }
+
+
+@torch.no_grad()
+def agreement(spec: NetworkSpec) -> float:
+    """Share of voxels with the same label on CPU and GPU."""
+    torch.manual_seed(1)
+    network = build_network(spec).eval()
+    image = torch.randn(1, spec.in_channels, *spec.patch_size)
+
+    def labels(found: Tensor | list[Tensor]) -> Tensor:
+        return (found if isinstance(found, Tensor) else found[0]).argmax(1).cpu()
+
+    on_cpu = labels(network(image))
+    on_gpu = labels(network.to(CUDA)(image.to(CUDA)))
+    return (on_cpu == on_gpu).float().mean().item()
+
+
+def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
+    """Everything about one plan."""
+    plan = load_plan(path)
+    branch = plan.configurations[CONFIGURATION]
+    spec, recipe = branch.network, branch.training
+    row: dict[str, Any] = {"network": spec.name, "patch": spec.patch_size}
+    row["batch"] = recipe.batch_size
+    if compare:
+        row["labels_equal"] = agreement(spec)
+    estimate = training_memory_bytes(
+        spec,
+        recipe.batch_size,
+        bf16=True,
+        optimizer_states=OPTIMIZER_STATES.get(recipe.optimizer, 2),
+    )
+    for precision, length in (("bf16", seconds), ("fp16", 2.0)):
+        row[precision] = steps(spec, recipe, plan.label_map, recipe.batch_size, precision, length)
+    row["estimate_bytes"] = estimate
+    row["estimate_over_peak"] = estimate / row["bf16"]["peak_bytes"]
+    return row
+
+
+def measure_big(path: Path) -> dict[str, Any]:
+    """One sample of LightM-UNet as its paper has it, at the size that used not to fit."""
+    plan = load_plan(path)
+    branch = plan.configurations[CONFIGURATION]
+    spec = NETWORKS["lightm_unet"].arrange(
+        replace(branch.network, name="lightm_unet", patch_size=BIG_PATCH)
+    )
+    row: dict[str, Any] = {"network": "lightm_unet", "patch": spec.patch_size, "batch": 1}
+    row["estimate_bytes"] = training_memory_bytes(spec, 1, bf16=True, optimizer_states=1)
+    for precision in ("bf16", "fp32"):
+        row[precision] = steps(spec, branch.training, plan.label_map, 1, precision, 5.0)
+    row["estimate_over_peak"] = row["estimate_bytes"] / row["bf16"]["peak_bytes"]
+    return row
+
+
+def attempt(work: Any, *values: Any) -> dict[str, Any]:
+    """Run one measurement; a failure is a row too, so that the others still come."""
+    try:
+        return dict(work(*values))
+    except Exception as error:
+        return {"network": str(values[0]), "failed": f"{type(error).__name__}: {error}"[:600]}
+
+
+def main() -> None:
+    """Print a line a network, and write all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("plans", type=Path)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--without-cpu", action="store_true", help="compare no labels")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    paths = sorted(options.plans.glob("*.json"))
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    rows = []
+    for path in paths:
+        rows.append(attempt(measure, path, options.seconds, not options.without_cpu))
+        print(json.dumps(rows[-1]), flush=True)
+    lightm = [path for path in paths if "lightm" in path.name]
+    rows.append(attempt(measure_big, lightm[0] if lightm else paths[0]))
+    print(json.dumps(rows[-1]), flush=True)
+    if options.json is not None:
+        table = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        options.json.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()
