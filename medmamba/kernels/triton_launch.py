@@ -134,7 +134,7 @@ class Scan:
         shape = (self.arguments.batch, leg.cut.windows * spans)
         ends = self.float(*shape, leg.last - leg.first, self.arguments.channels)
         end_sums = self.float(*shape, self.arguments.channels)
-        sizes = {"span": SPAN, "spans": spans, "adjoint": adjoint}
+        sizes: dict[str, Any] = {"span": SPAN, "spans": spans, "adjoint": adjoint}
         self._state_pass(leg, states, sums, None, ends=ends, end_sums=end_sums, **sizes)
         upper = replace(leg, cut=replace(leg.cut, per_window=spans))
         self.state_pass(upper, ends, end_sums, initial, adjoint=adjoint)

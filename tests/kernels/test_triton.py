@@ -42,7 +42,7 @@ def test_agrees_for_ragged_tiles_and_groups(
     interpreted: Interpreted, channels: int, groups: int
 ) -> None:
     sizes = replace(SMALL, length=5, channels=channels, groups=groups)
-    # with the first seed the terms of one channel's bias gradient cancel to a hundredth
+    # with the first seed the terms of one channel's bias gradient cancel to a fiftieth
     assert_agrees(interpreted, make_arguments(sizes, seed=1))
 
 
