@@ -26,6 +26,7 @@ from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
 from medmamba.cli.preprocess import preprocess
 from medmamba.cli.report import report
+from medmamba.cli.select import select
 from medmamba.cli.train import train
 from medmamba.cli.verify import verify
 from medmamba.errors import MedMambaError
@@ -50,6 +51,7 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(check)
 app.command()(report)
+app.command()(select)
 app.add_typer(convert)
 app.command()(demo)
 app.command()(doctor)

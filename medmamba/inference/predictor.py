@@ -20,7 +20,7 @@ from medmamba.labels import LabelMap
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
 from medmamba.preprocessing.previous import labels_on_working_grid, one_hot
 from medmamba.preprocessing.recipe import PreprocessingRecipe
-from medmamba.preprocessing.restore import restore_labels
+from medmamba.preprocessing.restore import restore_labels, restore_probabilities
 from medmamba.volume import Grid, Volume
 
 logger = logging.getLogger(__name__)
@@ -203,6 +203,12 @@ class Predictor:
     def restore(self, logits: Tensor, record: UndoRecord) -> NDArray[Any]:
         """Turn logits into labels (D, H, W) on the grid of the raw image."""
         return restore_labels(
+            logits, record, self._recipe, self.label_map, compat=self.settings.compat
+        )
+
+    def probabilities(self, logits: Tensor, record: UndoRecord) -> NDArray[np.float32]:
+        """Turn logits into probabilities (K, D, H, W) on the grid of the raw image."""
+        return restore_probabilities(
             logits, record, self._recipe, self.label_map, compat=self.settings.compat
         )
 

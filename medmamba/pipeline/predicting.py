@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from medmamba.inference.engine import OnCase, PredictionRun
+    from medmamba.inference.ensemble import EnsemblePredictor
     from medmamba.inference.predictor import Predictor
 
 MIXED_PRECISION = ("bf16", "fp16")
@@ -144,8 +145,31 @@ def make_predictor(
     device: str = "auto",
     compat: bool = False,
     workers: int | None = None,
+) -> "EnsemblePredictor":
+    """Load the networks of a bundle onto a device, all members; arguments as of ``predict``."""
+    from medmamba.inference.ensemble import EnsemblePredictor
+
+    members = [
+        _member(
+            model, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
+            workers=workers,
+        )
+        for model in bundle.models
+    ]  # fmt: skip
+    cleaning = bundle.postprocessing
+    return EnsemblePredictor(members, None if cleaning is None else cleaning.apply)
+
+
+def _member(
+    bundle: Bundle,
+    *,
+    mirror: bool,
+    step: float,
+    precision: str,
+    device: str,
+    compat: bool,
+    workers: int | None,
 ) -> "Predictor":
-    """Load the networks of a bundle onto a device; arguments as of ``predict``."""
     import torch
 
     from medmamba.inference.predictor import PredictionSettings, Predictor
@@ -186,7 +210,7 @@ def make_predictor(
     return stage(load_networks(bundle), bundle.configuration, first)
 
 
-def _describe(bundle: Bundle, listing: CaseListing, predictor: "Predictor") -> str:
+def _describe(bundle: Bundle, listing: CaseListing, predictor: "EnsemblePredictor") -> str:
     settings = predictor.settings
     flips = "with mirroring" if settings.mirror_axes else "without mirroring"
     rejected = f" ({len(listing.rejected)} rejected)" if listing.rejected else ""

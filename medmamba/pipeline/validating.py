@@ -28,7 +28,7 @@ from medmamba.preprocessing.store import CaseStore
 from medmamba.volume import Volume
 
 if TYPE_CHECKING:
-    from medmamba.inference.predictor import Predictor
+    from medmamba.inference.ensemble import EnsemblePredictor
 
 VALIDATION_FOLDER = "validation"
 RECORD_FILE = "validation.json"
@@ -140,7 +140,7 @@ def stored_case(store: CaseStore, case_id: str) -> PreprocessedCase:
     )
 
 
-def predict_stored(predictor: "Predictor", store: CaseStore, case_id: str) -> NDArray[Any]:
+def predict_stored(predictor: "EnsemblePredictor", store: CaseStore, case_id: str) -> NDArray[Any]:
     """Return the labels (D, H, W) of a stored case on the grid of its raw image."""
     prepared = stored_case(store, case_id)
     return predictor.restore(predictor.infer(prepared).logits, prepared.record)

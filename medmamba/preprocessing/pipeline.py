@@ -69,6 +69,7 @@ class PreprocessedCase:
         labels: (1, d, h, w), -1 outside the non-zero region; None without a label image.
         class_locations: class key -> (n, 3) voxels of the class; empty without labels.
         coarse: the same case on the grid of a cascade's first network.
+        siblings: the same case for the other members of an ensemble.
     """
 
     data: NDArray[np.float32]
@@ -76,6 +77,7 @@ class PreprocessedCase:
     record: UndoRecord
     class_locations: ClassLocations
     coarse: "PreprocessedCase | None" = None
+    siblings: "tuple[PreprocessedCase, ...]" = ()
 
 
 def preprocess_case(
