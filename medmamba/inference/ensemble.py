@@ -60,6 +60,11 @@ class EnsemblePredictor:
         """Image channels a case must have."""
         return self.members[0].channels
 
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Of the first member."""
+        return self.members[0].patch_size
+
     def parameters(self) -> dict[str, Any]:
         """Everything that decides which labels come out, but for the model itself."""
         if len(self.members) == 1:
