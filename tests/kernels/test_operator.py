@@ -50,29 +50,43 @@ def run_golden(
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def tolerance_of(name: str, dtype: torch.dtype) -> float:
+    if dtype is torch.float64:
+        return 1e-10
+    return (GRADIENT_TOLERANCE if name.startswith("grad.") else FORWARD_TOLERANCE)[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden_cases(fixtures_dir: Path, dtype: torch.dtype) -> None:
     cases = list(golden_cases(fixtures_dir))
     assert cases, "no golden case of the scan was found"
     for case, tensors in cases:
-        expected = tensors
-        if dtype is torch.bfloat16:
-            # the operator's own error: exact results for the rounded activations
-            names = {f"in.{name}" for name in ACTIVATIONS} | {"grad_out"}
-            rounded = {
-                name: value.bfloat16().double() if name in names else value.float().double()
-                for name, value in tensors.items()
-            }
-            expected = run_golden(case, rounded, torch.float64)
         for name, found in run_golden(case, tensors, dtype).items():
-            error = relative_error(found, expected[name])
-            if dtype is torch.float64:
-                tolerance = 1e-10
-            elif name.startswith("grad."):
-                tolerance = GRADIENT_TOLERANCE[dtype]
-            else:
-                tolerance = FORWARD_TOLERANCE[dtype]
-            assert error <= tolerance, f"{case['case']}: {name} {error:.2e}"
+            error = relative_error(found, tensors[name])
+            assert error <= tolerance_of(name, dtype), f"{case['case']}: {name} {error:.2e}"
+
+
+def test_golden_cases_in_bfloat16(fixtures_dir: Path) -> None:
+    """Within the bound, or within what rounding the arguments and the result costs by itself.
+
+    Exact arithmetic on the rounded arguments of the stored cases is off by up to 8.8e-3, so no
+    kernel can keep 4e-3 against them. Against those exact results it does.
+    """
+    for case, tensors in golden_cases(fixtures_dir):
+        rounds = {f"in.{name}" for name in ACTIVATIONS} | {"grad_out"}
+        rounded = {
+            name: value.bfloat16().double() if name in rounds else value.float().double()
+            for name, value in tensors.items()
+        }
+        exact = run_golden(case, rounded, torch.float64)
+        for name, found in run_golden(case, tensors, torch.bfloat16).items():
+            tolerance = tolerance_of(name, torch.bfloat16)
+            own = relative_error(found, exact[name])
+            assert own <= tolerance, f"{case['case']}: {name} {own:.2e}"
+            unavoidable = relative_error(exact[name].to(found.dtype), tensors[name])
+            error = relative_error(found, tensors[name])
+            allowed = max(tolerance, 1.01 * unavoidable)
+            assert error <= allowed, f"{case['case']}: {name} {error:.2e}"
 
 
 def call(sizes: Sizes, **options: object) -> tuple[dict[str, Tensor], dict[str, object]]:
