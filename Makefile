@@ -42,7 +42,7 @@ types: setup ## mypy in strict mode
 	$(BIN)/mypy
 
 golden: setup ## rewrite the help pages and generated schemas; review the difference
-	@for page in medmamba plan preprocess train predict evaluate compare select report demo doctor info convert convert-import-checkpoint convert-import-nnunet verify check; do \
+	@for page in medmamba plan preprocess train predict evaluate compare select report demo doctor info convert convert-import-checkpoint convert-import-nnunet convert-dicom-to-nifti verify check; do \
 	  COLUMNS=100 TERM=dumb $(BIN)/medmamba $$([ $$page = medmamba ] || echo $$page | sed 's/-/ /') --help > cli/help/$$page.txt; done
 
 docs: golden ## regenerate what the documentation takes from the program

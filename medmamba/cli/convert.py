@@ -124,6 +124,33 @@ def import_nnunet(
     _print_bundle(bundle)
 
 
+@convert.command("dicom-to-nifti")
+def dicom_to_nifti(
+    series: Annotated[
+        Path, typer.Argument(metavar="SERIES", help="Folder or zip archive of one DICOM series.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Image to write (.nii.gz).")
+    ],
+) -> None:
+    """Write a DICOM series as one image on its own grid, rescaled as each slice says.
+
+    Judged as in [cyan]medmamba predict[/cyan]: a series with missing, doubled or damaged slices
+    is refused with its reason (code 4). Nothing that names the patient is copied.
+
+    Example: [cyan]medmamba convert dicom-to-nifti series -o image.nii.gz[/cyan]
+    """
+    from medmamba.io import read_stored_image, suffix_of, write_image
+
+    suffix_of(output)
+    values, header = read_stored_image(series)
+    write_image(output, values[0], header.geometry)
+    for warning in header.warnings:
+        print(warning, file=sys.stderr)
+    depth, height, width = header.geometry.shape
+    print(f"{output}: {width} x {height} x {depth} voxels")
+
+
 def _print_bundle(bundle: "Bundle") -> None:
     manifest, spec = bundle.manifest, bundle.configuration.network
     sizes = "x".join(str(size) for size in spec.patch_size)

@@ -50,6 +50,7 @@ __all__ = [
     "read_header",
     "read_image",
     "read_labels",
+    "read_stored_image",
     "suffix_of",
     "turn",
     "working_geometry",
@@ -105,6 +106,17 @@ def read_image(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume, 
         array, geometry = straighten(array, geometry, path.name, gate)
         header = replace(header, straightened=geometry)
     return Volume(array=array, geometry=geometry, kind=VolumeKind.IMAGE), header
+
+
+def read_stored_image(
+    path: Path | str, *, gate: Gate = DEFAULT_GATE
+) -> tuple[NDArray[np.generic], SourceHeader]:
+    """Read an image in its own number type (C, D, H, W), on its own grid even if that is tilted.
+
+    Raises:
+        InputError: the file cannot be trusted.
+    """
+    return _read_stored(Path(path), gate)
 
 
 def read_labels(path: Path | str, *, gate: Gate = DEFAULT_GATE) -> tuple[Volume, SourceHeader]:
