@@ -11,6 +11,9 @@ from medmamba.files import replace_atomic
 
 DOTS_PER_INCH = 120
 
+LEGEND_EXTRA_LETTERS = 22
+"""Beside a name: its marker and its mean."""
+
 
 def plot_paired(scores: Mapping[str, Scores], cases: Sequence[str], path: Path) -> None:
     """Draw the score of each case: a point per network (mean of seeds) and a line over seeds.
@@ -41,7 +44,12 @@ def plot_paired(scores: Mapping[str, Scores], cases: Sequence[str], path: Path) 
     axes.set_title("Validation cases: mean of seeds (point) and range of seeds (line)", fontsize=11)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=9)
+    # A line of the legend holds about ten letters an inch; names of twins are long.
+    widest = max(len(name) for name in names) + LEGEND_EXTRA_LETTERS
+    fitting = max(1, int(figure.get_figwidth() * 10 / widest))
+    figure.legend(
+        loc="outside lower center", ncols=min(fitting, len(names)), frameon=False, fontsize=9
+    )
     replace_atomic(path, lambda temporary: figure.savefig(temporary, dpi=DOTS_PER_INCH))
 
 

@@ -65,7 +65,7 @@ def score_rows(outcome: CompareOutcome) -> tuple[tuple[str, ...], list[tuple[str
                 f"{pair.low:+.4f} to {pair.high:+.4f}",
                 _number(pair.wilcoxon_p),
                 _number(pair.seed_margin),
-                f"{pair.verdict} ({pair.why})",
+                pair.verdict,
             )
         )
     return header, rows
