@@ -6,7 +6,7 @@ label image, so that scores are those of the masks a user would get.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +92,14 @@ def validate_cases(
     begun = time.monotonic()
     references = find_references(work, cases)
     store = CaseStore(work.store(bundle.manifest.configuration, bundle.configuration))
+    stage, first = bundle.configuration.previous_stage, bundle.previous
+    coarse = None if stage is None or first is None else CaseStore(work.store(stage, first))
     predictor = make_predictor(bundle, mirror=mirror, device=device)
     folder = run_folder / VALIDATION_FOLDER
     (run_folder / RECORD_FILE).unlink(missing_ok=True)
     scored = []
     for case in cases:
-        labels = predict_stored(predictor, store, case)
+        labels = predict_stored(predictor, store, case, coarse)
         mask = write_mask(folder, case, labels, references[case])
         scores = evaluate_case(
             references[case], mask, label_map=bundle.plan.label_map, case_id=case
@@ -140,9 +142,20 @@ def stored_case(store: CaseStore, case_id: str) -> PreprocessedCase:
     )
 
 
-def predict_stored(predictor: "EnsemblePredictor", store: CaseStore, case_id: str) -> NDArray[Any]:
-    """Return the labels (D, H, W) of a stored case on the grid of its raw image."""
+def predict_stored(
+    predictor: "EnsemblePredictor", store: CaseStore, case_id: str, coarse: CaseStore | None = None
+) -> NDArray[Any]:
+    """Return the labels (D, H, W) of a stored case on the grid of its raw image.
+
+    Args:
+        predictor: of the configuration the store is for.
+        store: preprocessed cases.
+        case_id: of the case.
+        coarse: the same cases on the grid of a cascade's first stage.
+    """
     prepared = stored_case(store, case_id)
+    if coarse is not None:
+        prepared = replace(prepared, coarse=stored_case(coarse, case_id))
     return predictor.restore(predictor.infer(prepared).logits, prepared.record)
 
 

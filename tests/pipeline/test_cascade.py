@@ -13,6 +13,8 @@ from medmamba.dataset import Split, open_dataset, write_splits
 from medmamba.errors import PlanError
 from medmamba.pipeline.cascade import find_previous_stage
 from medmamba.pipeline.plan_request import with_previous_stages
+from medmamba.pipeline.references import keep_references
+from medmamba.pipeline.validating import validate_cases
 from medmamba.pipeline.work import open_work
 from medmamba.plans.nnunet_schema import save_plan
 from medmamba.plans.preprocess import preprocess_dataset
@@ -69,6 +71,7 @@ def trained(tmp_path_factory, write_raw_ellipsoids):
     assert names == (COARSE, FINE)
     stores = {name: place.store(name, plan.configurations[name]) for name in names}
     preprocess_dataset(dataset, plan, stores)
+    keep_references(dataset, place)
     with pytest.raises(PlanError, match=f"-c {COARSE} --fold all"):
         medmamba.train(work, network=NETWORK, configuration=FINE, fold="all", epochs=1)
     options = {"network": NETWORK, "fold": "all", "recipe": "short", "epochs": 2, "iterations": 15}
@@ -87,6 +90,12 @@ def test_one_command_predicts_through_both_stages(trained, tmp_path) -> None:
     )
     scores = medmamba.evaluate(raw / "labelsTs", tmp_path / "masks")
     assert scores.foreground_dice > 0.5
+
+
+def test_whole_validation_cases_go_through_both_stages(trained, tmp_path) -> None:
+    bundle, place = load_bundle(trained[2].model), open_work(trained[1])
+    record = validate_cases(bundle, place, CASES[:2], tmp_path, device="cpu", overlays=False)
+    assert record.dice["foreground"] > 0.5
 
 
 def test_the_model_holds_both_stages_and_repeats_its_reference_case(trained) -> None:
