@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: sbom licences audit wheel-check container-check help setup demo test test-full lint types format golden bench bench-gpu docs build clean
+.PHONY: sbom licences audit wheel-check container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ wheel-check: ## build, install and use sdist and wheel as a user would, with and
 
 container-check: setup ## build and try the cpu image; as root on Debian, with MODEL=folder IMAGES=folder
 	docker/check.sh $(MODEL) $(IMAGES)
+
+bench-train-gpu: setup ## time training steps on this GPU: make bench-train-gpu PLANS=work/plans
+	$(BIN)/python plans/bench/train_gpu.py $(PLANS)
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
