@@ -65,7 +65,7 @@ timed buildah bud -q "${options[@]}" -t localhost/medmamba:cpu . >"$scratch/buil
   { tail -n 40 "$scratch/build.log"; exit 1; }
 container=$(buildah from localhost/medmamba:cpu)
 root=$(buildah mount "$container")
-echo "   $(du -sm "$root" | cut -f1) MB unpacked"
+echo "   $(du -sm "$root" | cut -f1) MiB unpacked, $(tar -C "$root" -cf - . | gzip -1 | wc -c | awk '{printf "%.0f", $1 / 2^20}') MiB packed"
 buildah inspect --format '   entry point {{.OCIv1.Config.Entrypoint}}, user {{.OCIv1.Config.User}}' "$container"
 
 say "what must not be inside"
