@@ -57,6 +57,12 @@ def predict(
         ),
     ] = "stale",
     workers: Workers = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="I/N|auto", help="One share of N, from 0; auto in a Slurm array."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -84,6 +90,7 @@ def predict(
         compat=compat,
         overwrite=overwrite,
         workers=workers,
+        shard=shard,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )

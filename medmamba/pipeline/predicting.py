@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medmamba.bundle import Bundle, Manifest, load_bundle, load_networks, load_previous_networks
 from medmamba.dataset import CaseListing, find_cases
+from medmamba.dataset.shards import parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
 from medmamba.io.dicom_seg import SegmentLabel
@@ -73,6 +74,7 @@ def predict(
     compat: bool = False,
     overwrite: Literal["never", "stale", "always"] = "stale",
     workers: int | None = None,
+    shard: str | None = None,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> PredictOutcome:
@@ -89,6 +91,7 @@ def predict(
         compat: round as nnU-Net does.
         overwrite: which finished cases to do again.
         workers: processor threads of the network; all when None.
+        shard: ``INDEX/COUNT`` does one share of the cases, ``auto`` that of a Slurm array task.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
 
@@ -108,6 +111,8 @@ def predict(
         channels=len(bundle.manifest.channels),
         file_ending=bundle.plan.file_ending or None,
     )
+    if shard is not None:
+        listing = parse_shard(shard).of(listing)
     require_writable_folder(Path(output))
     predictor = make_predictor(
         bundle, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
