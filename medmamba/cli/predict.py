@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Overwrite = Literal["never", "stale", "always"]
 OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
+FailOn = Literal["any", "all", "never"]
+FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 
 
 def predict(
@@ -63,6 +65,18 @@ def predict(
             "--shard", metavar="I/N|auto", help="One share of N, from 0; auto in a Slurm array."
         ),
     ] = None,
+    fail_on: Annotated[
+        str,
+        typer.Option(
+            "--fail-on",
+            metavar="any|all|never",
+            help="When cases without a mask show in the exit code.",
+        ),
+    ] = "any",
+    max_failures: Annotated[
+        int | None,
+        typer.Option("--max-failures", min=1, help="Stop after so many cases without a mask."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -79,6 +93,8 @@ def predict(
 
     if overwrite not in OVERWRITE:
         raise UsageError(f"--overwrite '{overwrite}': choose one of {', '.join(OVERWRITE)}.")
+    if fail_on not in FAIL_ON:
+        raise UsageError(f"--fail-on '{fail_on}': choose one of {', '.join(FAIL_ON)}.")
     outcome = run_predict(
         images,
         output,
@@ -91,6 +107,8 @@ def predict(
         overwrite=overwrite,
         workers=workers,
         shard=shard,
+        fail_on=fail_on,
+        max_failures=max_failures,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )

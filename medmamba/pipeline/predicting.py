@@ -75,6 +75,8 @@ def predict(
     overwrite: Literal["never", "stale", "always"] = "stale",
     workers: int | None = None,
     shard: str | None = None,
+    fail_on: Literal["any", "all", "never"] = "any",
+    max_failures: int | None = None,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> PredictOutcome:
@@ -92,6 +94,8 @@ def predict(
         overwrite: which finished cases to do again.
         workers: processor threads of the network; all when None.
         shard: ``INDEX/COUNT`` does one share of the cases, ``auto`` that of a Slurm array task.
+        fail_on: which failures show in the exit code: any, only if all cases fail, or none.
+        max_failures: stop after so many cases without a mask.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
 
@@ -127,6 +131,8 @@ def predict(
         model=ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256),
         rejected=listing.rejected,
         overwrite=overwrite,
+        fail_on=fail_on,
+        max_failures=max_failures,
         segments=segments_of(bundle.manifest),
         on_case=on_case,
     )

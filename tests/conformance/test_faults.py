@@ -172,6 +172,26 @@ def test_odd_names_get_safe_ones(name, model, images, medmamba, tmp_path) -> Non
     assert all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in made)
 
 
+@pytest.mark.parametrize(("when", "expected"), [("any", 4), ("all", 0), ("never", 0)])
+def test_the_exit_code_says_what_was_asked_for(
+    when, expected, model, images, medmamba, tmp_path
+) -> None:
+    (images / "bad_0000.nii.gz").write_bytes(b"")
+    code, _, _ = medmamba(
+        "predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--fail-on", when
+    )
+    assert code == expected
+
+
+def test_a_run_of_failures_can_be_stopped(model, images, medmamba, tmp_path) -> None:
+    for number in range(6):
+        (images / f"a{number}_0000.nii.gz").write_bytes(packed(nifti(voxels()))[:-20])
+    code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model,
+                            "--max-failures", "2", "--json")  # fmt: skip
+    assert code in (4, 5)
+    assert len(json.loads(out)["cases"]) < 8
+
+
 def test_what_is_edited_is_made_again(model, images, medmamba, tmp_path) -> None:
     out = tmp_path / "out"
     predict(medmamba, images, out, model)
