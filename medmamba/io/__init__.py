@@ -281,7 +281,8 @@ def _read_stored(
 
 
 def _module(path: Path) -> Any:
-    if is_dicom(path):
+    # A folder that is named like an image file is no series, but somebody's mistake.
+    if is_dicom(path) and not path.name.lower().endswith(tuple(FORMATS)):
         return importlib.import_module("medmamba.io.dicom")
     return importlib.import_module(FORMATS[suffix_of(path)])
 

@@ -104,9 +104,9 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
         find_cases(tmp_path / "none", channels=1)
     with pytest.raises(UsageError, match="holds no image"):
         find_cases(tmp_path, channels=1)
-    touch(tmp_path, "scan.dcm")
+    touch(tmp_path, "scan.xyz")
     with pytest.raises(UsageError, match="unknown file ending"):
-        find_cases(tmp_path / "scan.dcm", channels=1)
+        find_cases(tmp_path / "scan.xyz", channels=1)
 
 
 @pytest.mark.parametrize(

@@ -301,8 +301,8 @@ def test_images_can_be_written(
 
 
 def test_unknown_suffix(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"scan\.dcm: unknown file ending"):
-        io.read_image(tmp_path / "scan.dcm")
+    with pytest.raises(InputError, match=r"scan\.xyz: unknown file ending"):
+        io.read_image(tmp_path / "scan.xyz")
     assert io.suffix_of("A.NII.GZ") == ".nii.gz"
 
 

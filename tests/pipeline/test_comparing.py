@@ -10,7 +10,7 @@ from medmamba.errors import UsageError
 from medmamba.pipeline.comparing import compare, parse_contestant
 
 NETWORK = "lightm_unet_s"
-SMALL = f"{NETWORK},features=0.5"
+SMALL = f"{NETWORK},learning_rate=0.001"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_comparison_leaves_a_report_and_goes_on(work, tmp_path) -> None:
     assert stored["comparisons"][0]["verdict"] == "no difference"
     again = run([SMALL], (0, 1))
     assert all("is there" in text for text in says)
-    assert again.pairs == outcome.pairs
+    assert repr(again.pairs) == repr(outcome.pairs)  # a spread of one seed is NaN
 
 
 def test_contestants_are_read() -> None:
