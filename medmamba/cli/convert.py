@@ -56,8 +56,7 @@ def import_checkpoint(
     Example: [cyan]medmamba convert import-checkpoint fold_0/checkpoint_final.pth -o model[/cyan]
     """
     folder = output or files[0].with_name(f"{files[0].stem}-model")
-    if folder.exists() and not overwrite:
-        raise UsageError(f"{folder}: exists. Give another --output, or --overwrite to replace it.")
+    _require_free(folder, overwrite=overwrite)
     from medmamba.interop.checkpoint import import_checkpoints
 
     bundle = import_checkpoints(files, folder, name=name)
@@ -109,8 +108,7 @@ def import_nnunet(
 
     Example: [cyan]medmamba convert import-nnunet nnUNet_results/Dataset004_X -o model[/cyan]
     """
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output}: exists. Give another --output, or --overwrite to replace it.")
+    _require_free(output, overwrite=overwrite)
     from medmamba.interop.nnunet_results import find_results, import_results
 
     wanted = None if folds is None else [fold.strip() for fold in folds.split(",")]
@@ -149,6 +147,11 @@ def dicom_to_nifti(
         print(warning, file=sys.stderr)
     depth, height, width = header.geometry.shape
     print(f"{output}: {width} x {height} x {depth} voxels")
+
+
+def _require_free(folder: Path, *, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder}: exists. Give another --output, or --overwrite to replace it.")
 
 
 def _print_bundle(bundle: "Bundle") -> None:
