@@ -5,42 +5,33 @@ write, commit) run in different threads; a job passes from one to the next and i
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from medmamba.dataset import Case, Rejection, load_case, safe_id
+from medmamba.dataset import Case, load_case
 from medmamba.errors import GeometryError, InputError, MedMambaError
-from medmamba.files import to_json, write_atomic
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest
 from medmamba.inference.job import CasePredictor, Job
-from medmamba.inference.journal import Run
+from medmamba.inference.ledger import SEGMENTATION_SUFFIX, Ledger
 from medmamba.inference.records import (
     CaseError,
     CommitRecord,
-    LabelStatistics,
-    ModelIdentity,
     OutputFile,
     Status,
     describe_file,
     describe_labels,
     identify,
-    read_record,
-    redacted,
-    still_holds,
     work_key,
 )
 from medmamba.io import (
     DEFAULT_GATE,
-    FORMATS,
     Gate,
     SourceHeader,
     labels_on_file_grid,
@@ -50,8 +41,6 @@ from medmamba.io import (
 from medmamba.io.dicom_seg import SegmentLabel, write_segmentation
 
 logger = logging.getLogger(__name__)
-
-SEGMENTATION_SUFFIX = ".seg.dcm"
 
 BYTES_PER_VOXEL_READ = 8
 """A float32 image and its preprocessed copy; resampling to a finer grid takes more."""
@@ -67,41 +56,41 @@ OnTiles = Callable[[str, int, int], None]
 
 
 class CaseWork:
-    """The stages of a case, for one model and one output folder."""
+    """The stages of a case, for one model and one output folder.
+
+    Args:
+        ledger: the records of the output folder.
+        predictor: the networks, with preprocessing and restoring.
+        gate: limits and permissions of reading.
+        segments: what DICOM outputs hold; by label names when empty.
+        on_tiles: called within a case.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        ledger: Ledger,
         predictor: CasePredictor,
         *,
-        model: ModelIdentity,
-        run: Run,
-        overwrite: str,
         gate: Gate = DEFAULT_GATE,
         segments: Sequence[SegmentLabel] = (),
         on_tiles: OnTiles | None = None,
     ) -> None:
-        self._folder = folder
+        self._ledger = ledger
         self._predictor = predictor
-        self._model = model
-        self._run = run
-        self._overwrite = overwrite
         self._gate = gate
         self._segments = tuple(segments) or tuple(
             SegmentLabel(name=name, values=values)
             for name, values in predictor.label_map.foreground.items()
         )
         self._on_tiles = on_tiles
-        self._parameters = predictor.parameters()
-        self._numerics = predictor.numerics()
 
     def read(self, case: Case) -> Job:
         """Decide whether there is work to do, and bring the case to the working grid."""
         job = Job(case=case)
         with _Guard(self, job, "read"):
             job.inputs = identify(case.images)
-            job.key = work_key(job.inputs, self._model, self._parameters)
-            job.record = self._kept(case, job.key)
+            job.key = work_key(job.inputs, self._ledger.model, self._ledger.parameters)
+            job.record = self._ledger.kept(case, job.key)
             if job.record is None:
                 with job.watch.time("read"):
                     image, _, job.header = load_case(
@@ -162,34 +151,14 @@ class CaseWork:
         job.inferred = None
         return job
 
-    def refuse(self, rejection: Rejection) -> CommitRecord:
-        """Record a case that was turned away when inputs were listed."""
-        error = CaseError(code=rejection.code, stage="list", message=rejection.message)
-        return self.end(Job(case=Case(id=safe_id(rejection.id), images=())), "rejected", error)
-
-    def end(self, job: Job, status: Status, error: CaseError) -> CommitRecord:
-        """Record a case that has no mask; an old one is set aside, for it belongs to nothing."""
-        record = self._record(job, failure=status, error=error)
-        self._clear(job.case.id)
-        self._store(record)
-        return record
-
-    def _kept(self, case: Case, key: str) -> CommitRecord | None:
-        record = read_record(self._record_path(case.id))
-        if self._overwrite == "always":
-            return None
-        if not still_holds(record, self._folder):
-            return None
-        assert record is not None
-        if record.key != key and self._overwrite != "never":
-            return None
-        self._run.log("skipped", case=case.id)
-        return replace(record, status="skipped")
+    def fail(self, job: Job, status: Status, error: CaseError) -> CommitRecord:
+        """Record a case that has no mask."""
+        return self._ledger.end(job, status, error)
 
     def _commit(self, job: Job, labels: NDArray[Any], header: SourceHeader) -> None:
         case = job.case
-        path = self._folder / f"{case.id}{mask_suffix(header)}"
-        self._clear(case.id, keep=path.name)
+        path = self._ledger.folder / f"{case.id}{mask_suffix(header)}"
+        self._ledger.clear(case.id, keep=path.name)
         label_map = self._predictor.label_map
         stored = labels_on_file_grid(labels, header)
         with job.watch.time("write"):
@@ -197,8 +166,10 @@ class CaseWork:
             write_labels(path, labels, header, label_names=dict(label_map.foreground))
         output = describe_file(path)
         statistics = describe_labels(stored, header.geometry, label_map)
-        job.record = self._record(job, output=output, segmentation=segmentation, labels=statistics)
-        self._store(job.record)
+        job.record = self._ledger.record(
+            job, output=output, segmentation=segmentation, labels=statistics
+        )
+        self._ledger.store(job.record)
 
     def _write_segmentation(
         self, case: Case, stored: NDArray[Any], header: SourceHeader
@@ -206,72 +177,16 @@ class CaseWork:
         """Write the mask as a DICOM object too where the image was one."""
         if header.format != "dicom":
             return None
-        path = self._folder / f"{case.id}{SEGMENTATION_SUFFIX}"
+        path = self._ledger.folder / f"{case.id}{SEGMENTATION_SUFFIX}"
         write_segmentation(
             path,
             stored,
             case.images[0],
             self._segments,
-            algorithm=self._model.name,
+            algorithm=self._ledger.model.name,
             gate=self._gate,
         )
         return describe_file(path)
-
-    def _clear(self, case_id: str, *, keep: str = "") -> None:
-        """Make the case count as not done, and set aside masks that no record vouches for.
-
-        Args:
-            case_id: the case.
-            keep: name of the mask that is about to be replaced; if it is as we wrote it, it goes
-                when the new one is there.
-        """
-        old = read_record(self._record_path(case_id))
-        vouched = old.output.name if old and old.output and still_holds(old, self._folder) else ""
-        self._record_path(case_id).unlink(missing_ok=True)
-        for suffix in (*FORMATS, SEGMENTATION_SUFFIX):
-            mask = self._folder / f"{case_id}{suffix}"
-            if mask.exists() and not mask.name == vouched == keep:
-                self._run.set_aside(mask)
-
-    def _record(
-        self,
-        job: Job,
-        *,
-        failure: Status | None = None,
-        error: CaseError | None = None,
-        output: OutputFile | None = None,
-        segmentation: OutputFile | None = None,
-        labels: tuple[LabelStatistics, ...] = (),
-    ) -> CommitRecord:
-        warnings = _warnings(job, labels)
-        record = CommitRecord(
-            case_id=job.case.id,
-            status=failure or ("ok_with_warnings" if warnings else "ok"),
-            warnings=warnings,
-            error=error,
-            key=job.key,
-            inputs=job.inputs,
-            geometry=None if job.header is None else job.header.geometry,
-            model=self._model,
-            parameters=self._parameters,
-            numerics=self._numerics,
-            fallbacks=() if job.inferred is None else job.inferred.fallbacks,
-            labels=labels,
-            output=output,
-            segmentation=segmentation,
-            timings_s=dict(job.watch.seconds),
-            peak_memory_bytes=peak_memory_bytes(),
-        )
-        return redacted(record, job.case.images)
-
-    def _store(self, record: CommitRecord) -> None:
-        write_atomic(self._record_path(record.case_id), to_json(record))
-        code = record.error.code if record.error else ""
-        output = record.output.sha256 if record.output else ""
-        self._run.log(record.status, case=record.case_id, error=code, output=output)
-
-    def _record_path(self, case_id: str) -> Path:
-        return self._folder / f"{case_id}.json"
 
 
 def _note_padding(
@@ -310,7 +225,7 @@ class _Guard(AbstractContextManager[None]):
         self._job.prepared = None
         self._job.inferred = None
         error = CaseError(code=code, stage=self._stage, message=message)
-        self._job.record = self._work.end(self._job, status, error)
+        self._job.record = self._work.fail(self._job, status, error)
         return True
 
     def _judge(self, problem: Exception) -> tuple[Status, str, str]:
@@ -334,23 +249,3 @@ class _Guard(AbstractContextManager[None]):
 def mask_suffix(header: SourceHeader) -> str:
     """Return the file ending of a mask: NIfTI is compressed, others keep theirs."""
     return ".nii.gz" if header.format in ("nifti", "dicom") else header.suffix
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
-
-
-def _warnings(job: Job, labels: tuple[LabelStatistics, ...]) -> tuple[str, ...]:
-    known = () if job.header is None else job.header.warnings
-    warnings = [text for text in known if text.startswith("W_")]
-    if job.inferred is not None:
-        warnings += [f"W_FALLBACK: {text}" for text in job.inferred.fallbacks]
-    if labels and not any(item.voxels for item in labels):
-        warnings.append("W_MASK_EMPTY: the networks found no label anywhere")
-    return tuple(warnings)

@@ -1,15 +1,16 @@
-"""Many cases, none lost: read ahead, predict, export behind, and commit each case by itself.
+"""Many cases, none lost: each is committed by itself, and one that goes wrong costs no other.
 
-While the network runs on one case, a thread reads and preprocesses the next and another restores
-and writes the previous one; there is never more than one case ahead. A case that goes wrong is
-recorded and costs no other. What happens inside a case is ``casework``'s; no torch here.
+Here everything happens in one process; ``supervision`` does the same with the networks in another,
+which may die. What happens inside a case is ``casework``'s, how cases overlap ``overlap``'s; no
+torch here.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ from medmamba.inference.casework import CaseWork, OnTiles
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
 from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run, sweep_temporary_files
+from medmamba.inference.ledger import Ledger
+from medmamba.inference.overlap import PREFETCH_BYTES, take_from, work_through
 from medmamba.inference.records import CommitRecord, ModelIdentity
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
@@ -34,9 +37,6 @@ OnCase = Callable[[CommitRecord, int, int, float], None]
 
 EXIT_SOME_FAILED = 4
 EXIT_NONE_SUCCEEDED = 5
-
-PREFETCH_BYTES = 2 * 2**30
-"""The next case is read ahead only while those in work take less memory than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,134 +105,120 @@ def predict_cases(
         EnvironmentFault: the folder cannot be written.
         UsageError: the folder holds the inputs.
     """
-    start = time.monotonic()
+    prepare_folder(cases, folder)
+    run = Run(folder)
+    parameters = predictor.parameters()
+    ledger = Ledger(
+        folder, run=run, model=model, parameters=parameters, numerics=predictor.numerics(),
+        overwrite=overwrite,
+    )  # fmt: skip
+    work = CaseWork(ledger, predictor, gate=gate, segments=segments, on_tiles=on_tiles)
+    tally = Tally(len(cases) + len(rejected), on_case=on_case, max_failures=max_failures)
+    with run, drain_on_signals(grace_s) as drain:
+        run.log("started", cases=tally.total, rejected=len(rejected))
+        for rejection in rejected:
+            tally.report(ledger.refuse(rejection))
+        _work_through(work, cases, tally, drain, prefetch_bytes)
+        exit_code = drain.exit_code or tally.exit_code(fail_on)
+        context = {"model": model, "parameters": parameters, "overwrite": overwrite}
+        run.finish(tally.records, context=context, exit_code=exit_code)
+    return tally.outcome(run, folder, exit_code)
+
+
+def prepare_folder(cases: Sequence[Case], folder: Path) -> None:
+    """Make an output folder ready for a run.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+        UsageError: it holds the inputs.
+    """
     _require_apart(cases, folder)
     require_writable_folder(folder)
     sweep_temporary_files(folder)
-    run = Run(folder)
-    work = CaseWork(
-        folder,
-        predictor,
-        model=model,
-        run=run,
-        overwrite=overwrite,
-        gate=gate,
-        segments=segments,
-        on_tiles=on_tiles,
-    )
-    total = len(cases) + len(rejected)
-    context = {"model": model, "parameters": predictor.parameters(), "overwrite": overwrite}
-    with run, drain_on_signals(grace_s) as drain:
-        run.log("started", cases=total, rejected=len(rejected))
-        batch = _Batch(
-            work,
-            drain,
-            total=total,
-            on_case=on_case,
-            max_failures=max_failures,
-            prefetch_bytes=prefetch_bytes,
-        )
-        batch.run(cases, rejected)
-        exit_code = drain.exit_code or _exit_code(batch.records, fail_on)
-        run.finish(batch.records, context=context, exit_code=exit_code)
-    return PredictionRun(
-        folder=folder,
-        run_id=run.run_id,
-        records=tuple(batch.records),
-        total=total,
-        exit_code=exit_code,
-        elapsed_s=time.monotonic() - start,
-    )
 
 
-class _Batch:
-    """The loop over cases and its three places of work: reader, network, writer."""
+class Tally:
+    """The cases that were decided in a run.
+
+    Args:
+        total: cases asked for.
+        on_case: called per decided case.
+        max_failures: stop after so many cases without a mask.
+    """
 
     def __init__(
-        self,
-        work: CaseWork,
-        drain: DrainRequest,
-        *,
-        total: int,
-        on_case: OnCase | None,
-        max_failures: int | None,
-        prefetch_bytes: int,
+        self, total: int, *, on_case: OnCase | None = None, max_failures: int | None = None
     ) -> None:
         self.records: list[CommitRecord] = []
-        self._work = work
-        self._drain = drain
-        self._total = total
+        self.total = total
         self._on_case = on_case
         self._max_failures = max_failures
-        self._prefetch_bytes = prefetch_bytes
         self._started = time.monotonic()
-        self._short_of_memory: list[Case] = []
-
-    def run(self, cases: Sequence[Case], rejected: Sequence[Rejection]) -> None:
-        """Work through all cases, then alone through those that did not fit beside another."""
-        for rejection in rejected:
-            self.report(self._work.refuse(rejection))
-        with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
-            self._overlapped(list(cases), reader, writer)
-        for case in self._short_of_memory:
-            if self._may_go_on():
-                logger.warning("case %s: host memory ran out; trying once more, alone", case.id)
-                job = self._work.infer(self._work.read(case), self._drain)
-                self._settle(self._work.export(job), last_try=True)
+        self._lock = threading.Lock()
 
     def report(self, record: CommitRecord) -> None:
         """Count a decided case and tell whoever wants to know."""
-        self.records.append(record)
-        if self._on_case is not None:
+        with self._lock:
+            self.records.append(record)
             done = len(self.records)
             worked = sum(known.status != "skipped" for known in self.records)
             pace = (time.monotonic() - self._started) / max(1, worked)
-            self._on_case(record, done, self._total, pace * (self._total - done))
+            if self._on_case is not None:
+                self._on_case(record, done, self.total, pace * (self.total - done))
 
-    def _overlapped(
-        self, cases: list[Case], reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
-    ) -> None:
-        upcoming: Future[Job] | None = None
-        exporting: Future[Job] | None = None
-        for index, case in enumerate(cases):
-            if not self._may_go_on():
-                break
-            job = upcoming.result() if upcoming else self._work.read(case)
-            upcoming = None
-            following = cases[index + 1] if index + 1 < len(cases) else None
-            if following is not None and self._fits_beside(job, following):
-                upcoming = reader.submit(self._work.read, following)
-            job = self._work.infer(job, self._drain)
-            if exporting is not None:
-                self._settle(exporting.result())
-            exporting = writer.submit(self._work.export, job)
-        if exporting is not None:
-            self._settle(exporting.result())
-
-    def _fits_beside(self, job: Job, following: Case) -> bool:
-        return job.memory_bytes + self._work.expected_bytes(following) < self._prefetch_bytes
-
-    def _settle(self, job: Job, *, last_try: bool = False) -> None:
-        if job.short_of_memory and not last_try:
-            self._short_of_memory.append(job.case)
-        elif job.record is not None:
-            self.report(job.record)
-
-    def _may_go_on(self) -> bool:
-        failures = sum(not record.succeeded for record in self.records)
-        if self._max_failures is not None and failures >= self._max_failures:
-            logger.warning("%d cases failed; stopping as asked", failures)
+    @property
+    def failed_too_often(self) -> bool:
+        """Whether no more cases are to be begun because too many had no mask."""
+        if self._max_failures is None:
             return False
-        return not self._drain.requested
+        return sum(not record.succeeded for record in self.records) >= self._max_failures
+
+    def exit_code(self, fail_on: FailOn) -> int:
+        """Of a run that was not interrupted."""
+        succeeded = sum(record.succeeded for record in self.records)
+        if fail_on == "never" or succeeded == len(self.records):
+            return 0
+        if succeeded == 0:
+            return EXIT_NONE_SUCCEEDED
+        return EXIT_SOME_FAILED if fail_on == "any" else 0
+
+    def outcome(self, run: Run, folder: Path, exit_code: int) -> PredictionRun:
+        """Return the run as a value."""
+        if self.failed_too_often:
+            logger.warning("%s cases failed; stopped as asked", self._max_failures)
+        return PredictionRun(
+            folder=folder,
+            run_id=run.run_id,
+            records=tuple(self.records),
+            total=self.total,
+            exit_code=exit_code,
+            elapsed_s=time.monotonic() - self._started,
+        )
 
 
-def _exit_code(records: Sequence[CommitRecord], fail_on: FailOn) -> int:
-    succeeded = sum(record.succeeded for record in records)
-    if fail_on == "never" or succeeded == len(records):
-        return 0
-    if succeeded == 0:
-        return EXIT_NONE_SUCCEEDED
-    return EXIT_SOME_FAILED if fail_on == "any" else 0
+def _work_through(
+    work: CaseWork, cases: Sequence[Case], tally: Tally, drain: DrainRequest, prefetch_bytes: int
+) -> None:
+    """Work through all cases, then one by one through those that did not fit beside another."""
+    short: list[Case] = []
+
+    def settle(job: Job, *, last_try: bool = False) -> None:
+        if job.short_of_memory and not last_try:
+            short.append(job.case)
+        elif job.record is not None:
+            tally.report(job.record)
+
+    go = partial(
+        work_through,
+        work,
+        drain=drain,
+        may_go_on=lambda: not (drain.requested or tally.failed_too_often),
+        prefetch_bytes=prefetch_bytes,
+    )
+    go(take_from(cases), settle=settle)
+    for case in short:
+        logger.warning("case %s: host memory ran out; trying once more, alone", case.id)
+        go(take_from([case]), settle=partial(settle, last_try=True))
 
 
 def _require_apart(cases: Sequence[Case], folder: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from medmamba import __version__
 from medmamba.errors import EnvironmentFault
@@ -46,6 +46,16 @@ SUMMARY_COLUMNS = (
 def new_run_id() -> str:
     """Return a name that sorts by time and is unique whatever the clock says."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+
+
+class RunLog(Protocol):
+    """What the work on a case tells of itself."""
+
+    def log(self, event: str, **values: Any) -> None:
+        """Note one event."""
+
+    def set_aside(self, path: Path) -> None:
+        """Keep a mask that no record vouches for as evidence, out of the way."""
 
 
 class Run:
@@ -103,11 +113,7 @@ class Run:
 
     def set_aside(self, path: Path) -> None:
         """Move a mask that no record vouches for into the run's folder, as evidence."""
-        target = self.folder / "superseded" / path.name
-        target.parent.mkdir(exist_ok=True)
-        # Another run in the same folder may have been faster.
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(target)
+        set_aside(path, self.folder)
 
     def finish(
         self, records: Sequence[CommitRecord], *, context: Mapping[str, Any], exit_code: int
@@ -139,6 +145,15 @@ class Run:
             "journal_sha256": self._previous,
         }
         write_atomic(self.folder / "manifest.json", to_json(manifest))
+
+
+def set_aside(path: Path, run_folder: Path) -> None:
+    """Move a file out of the way, into a run's folder."""
+    target = run_folder / "superseded" / path.name
+    target.parent.mkdir(exist_ok=True)
+    # Another run in the same folder may have been faster.
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(target)
 
 
 def sweep_temporary_files(folder: Path) -> int:

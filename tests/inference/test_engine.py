@@ -439,15 +439,15 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from test_engine import MODEL, ThresholdPredictor
-import medmamba.inference.casework as casework
+from medmamba.inference import casework, ledger
 from medmamba.dataset import find_cases
 from medmamba.inference.engine import predict_cases
 from pathlib import Path
 
 calls = {{"n": 0}}
 
-def deadly(name):
-    original = getattr(casework, name)
+def deadly(module, name):
+    original = getattr(module, name)
     def killer(*arguments, **options):
         calls["n"] += 1
         if calls["n"] == {at}:
@@ -455,19 +455,24 @@ def deadly(name):
                 original(*arguments, **options)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
-    setattr(casework, name, killer)
+    setattr(module, name, killer)
 
-deadly({name!r})
+deadly({module}, {name!r})
 cases = find_cases(Path({source!r}), channels=1).cases
 predict_cases(cases, Path({out!r}), ThresholdPredictor(), model=MODEL)
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "after"), [("write_labels", False), ("write_labels", True), ("write_atomic", True)]
+    ("module", "name", "after"),
+    [
+        ("casework", "write_labels", False),
+        ("casework", "write_labels", True),
+        ("ledger", "write_atomic", True),
+    ],
 )
 def test_a_killed_run_is_completed_to_the_same_bytes(
-    tmp_path: Path, name: str, after: bool
+    tmp_path: Path, module: str, name: str, after: bool
 ) -> None:
     cases = [image(tmp_path / "in", case, seed=i) for i, case in enumerate("abc")]
     predict_cases(cases, tmp_path / "whole", ThresholdPredictor(), model=MODEL)
@@ -475,6 +480,7 @@ def test_a_killed_run_is_completed_to_the_same_bytes(
         tests=str(Path(__file__).parent),
         at=2,
         after=after,
+        module=module,
         name=name,
         source=str(tmp_path / "in"),
         out=str(tmp_path / "out"),
@@ -512,12 +518,12 @@ def test_a_mask_that_cannot_be_written_fails_alone(
 def test_a_record_that_cannot_be_written_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medmamba.inference import casework
+    from medmamba.inference import ledger
 
     def full(path: Path, content: str) -> None:
         raise EnvironmentFault("disk full", code="E_IO_WRITE")
 
-    monkeypatch.setattr(casework, "write_atomic", full)
+    monkeypatch.setattr(ledger, "write_atomic", full)
     cases = [image(tmp_path / "in", name, seed=i) for i, name in enumerate("abc")]
     with pytest.raises(EnvironmentFault, match="disk full"):
         predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
