@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# dicom_phantom.py and the fakes of tests/inference serve other folders too.
+# dicom_phantom.py, nnunet_results.py and the fakes of tests/inference serve other folders too.
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(1, str(ROOT / "tests" / "inference"))
 SHARED = ROOT.parent / "shared"

@@ -21,6 +21,7 @@ from medmamba.cli.convert import convert
 from medmamba.cli.demo import demo
 from medmamba.cli.doctor import doctor
 from medmamba.cli.evaluate import evaluate
+from medmamba.cli.examples import examples_of, exit_codes
 from medmamba.cli.info import info
 from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
@@ -41,22 +42,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Research use only; not a medical device.",
+    epilog=exit_codes(),
 )
-app.command()(plan)
-app.command()(preprocess)
-app.command()(train)
-app.command()(predict)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(check)
-app.command()(report)
-app.command()(select)
+for _command in (
+    plan,
+    preprocess,
+    train,
+    predict,
+    evaluate,
+    compare,
+    check,
+    report,
+    select,
+    demo,
+    doctor,
+    info,
+    verify,
+):
+    app.command(epilog=examples_of(_command.__name__))(_command)
 app.add_typer(convert)
-app.command()(demo)
-app.command()(doctor)
-app.command()(info)
-app.command()(verify)
 
 
 def _print_version(wanted: bool) -> None:

@@ -30,8 +30,6 @@ def check(
 
     Exit code 0: all would be taken; 4: some would be rejected; 5: all would be. With --dataset 3
     where planning would refuse.
-
-    Example: [cyan]medmamba check images -m work/runs/NETWORK/3d_fullres/fold_0[/cyan]
     """
     raise typer.Exit(
         _check_dataset(images, as_json=as_json)

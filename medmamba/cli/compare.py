@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import Device, Json, WorkFolder, parse_duration
+from medmamba.cli.options import (
+    Device,
+    Json,
+    WorkFolder,
+    complete_network,
+    complete_recipe,
+    parse_duration,
+)
 from medmamba.errors import UsageError
 
 
@@ -16,6 +23,7 @@ def compare(
     networks: Annotated[
         list[str],
         typer.Argument(
+            autocompletion=complete_network,
             metavar="NETWORK[:identity|:dwconv][,key=value]...",
             help="Networks planned in WORK; the others are held against the first. Changes: keys "
             "of a recipe, features=FACTOR, options.NAME, name, seeds=3/4/5.",
@@ -38,7 +46,11 @@ def compare(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="One for all (default: the plan's, common or short)."),
+        typer.Option(
+            "--recipe",
+            autocompletion=complete_recipe,
+            help="One for all (default: the plan's, common or short).",
+        ),
     ] = None,
     max_time: Annotated[
         str | None,
@@ -60,8 +72,6 @@ def compare(
 
     Writes OUT/report.html with the tables and pictures, cases.csv and comparison.json. It says
     "no difference" where other seeds alone would make one as large.
-
-    Example: [cyan]medmamba compare work lightm_unet_s --twins --max-time 10m -o comparison[/cyan]
     """
     from medmamba.cli.display import data, make_table
     from medmamba.pipeline.comparing import compare as run_compare

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medmamba.cli.examples import examples_of
 from medmamba.cli.options import Json
 from medmamba.errors import UsageError
 
@@ -16,13 +17,12 @@ convert = typer.Typer(
     name="convert",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Turn what other programs wrote into what medmamba reads, and back.
-
-Example: [cyan]medmamba convert import-checkpoint checkpoint_final.pth -o model[/cyan]""",
+    help="Turn what other programs wrote into what medmamba reads, and back.",
+    epilog=examples_of("convert"),
 )
 
 
-@convert.command("import-checkpoint")
+@convert.command("import-checkpoint", epilog=examples_of("convert import-checkpoint"))
 def import_checkpoint(
     files: Annotated[
         list[Path],
@@ -52,8 +52,6 @@ def import_checkpoint(
     Reads what the trainers of nnU-Net, U-Mamba (both releases), LightM-UNet, MambaClinix and
     Swin-UMamba write. Network and plan come from the file. Nothing in the file is run: anything but
     tensors and plain data is refused with code 7.
-
-    Example: [cyan]medmamba convert import-checkpoint fold_0/checkpoint_final.pth -o model[/cyan]
     """
     folder = output or files[0].with_name(f"{files[0].stem}-model")
     _require_free(folder, overwrite=overwrite)
@@ -68,7 +66,7 @@ def import_checkpoint(
     _print_bundle(bundle)
 
 
-@convert.command("import-nnunet")
+@convert.command("import-nnunet", epilog=examples_of("convert import-nnunet"))
 def import_nnunet(
     folder: Annotated[
         Path,
@@ -105,8 +103,6 @@ def import_nnunet(
 
     All folds go in; predictions are their mean. With [cyan]predict --compat[/cyan] the masks equal
     nnU-Net's; by default they may differ near ties. Nothing in the checkpoints is run.
-
-    Example: [cyan]medmamba convert import-nnunet nnUNet_results/Dataset004_X -o model[/cyan]
     """
     _require_free(output, overwrite=overwrite)
     from medmamba.interop.nnunet_results import find_results, import_results
@@ -122,7 +118,7 @@ def import_nnunet(
     _print_bundle(bundle)
 
 
-@convert.command("dicom-to-nifti")
+@convert.command("dicom-to-nifti", epilog=examples_of("convert dicom-to-nifti"))
 def dicom_to_nifti(
     series: Annotated[
         Path, typer.Argument(metavar="SERIES", help="Folder or zip archive of one DICOM series.")
@@ -135,8 +131,6 @@ def dicom_to_nifti(
 
     Judged as in [cyan]medmamba predict[/cyan]: a series with missing, doubled or damaged slices
     is refused with its reason (code 4). Nothing that names the patient is copied.
-
-    Example: [cyan]medmamba convert dicom-to-nifti series -o image.nii.gz[/cyan]
     """
     from medmamba.io import read_stored_image, suffix_of, write_image
 

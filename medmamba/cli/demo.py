@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import format_duration, parse_duration
+from medmamba.cli.options import complete_network, format_duration, parse_duration
 from medmamba.cli.plan import DEFAULT_NETWORK
 
 BUILT_IN = "brain"
@@ -29,7 +29,8 @@ def demo(
         ),
     ] = BUILT_IN,
     network: Annotated[
-        str, typer.Option("--network", "-n", help="Network to train.")
+        str,
+        typer.Option("--network", "-n", autocompletion=complete_network, help="Network to train."),
     ] = DEFAULT_NETWORK,
     max_time: Annotated[
         str | None, typer.Option("--max-time", metavar="5m", help="Time to train.")
@@ -43,8 +44,6 @@ def demo(
     The images are blocks of one averaged brain with its tissue maps; a quarter of the blocks is
     held out from training and scored. This shows that the chain works, not that a model
     generalises. Of a dataset of yours, test cases with labels or fold 0 are scored.
-
-    Example: [cyan]medmamba demo -o demo_output[/cyan]
     """
     from medmamba.cli.demo_chain import run_chain
 

@@ -40,10 +40,7 @@ Quick = Annotated[
 
 
 def doctor(as_json: Json = False, quick: Quick = False) -> None:
-    """Check device, memory, disk, compiler and scan kernels; exit code 6 if something is unfit.
-
-    Example: [cyan]medmamba doctor --json[/cyan]
-    """
+    """Check device, memory, disk, compiler and scan kernels; exit code 6 if something is unfit."""
     findings = _system() if quick else [*_system(), *_device(), *_scan()]
     packages = {name: _version(name) for name in PACKAGES}
     if as_json:

@@ -44,8 +44,6 @@ def evaluate(
     """Compare masks with references: Dice, IoU, HD95, NSD and volumes per case and label.
 
     Where they overlap, the numbers are those of nnU-Net's summary.json.
-
-    Example: [cyan]medmamba evaluate labelsTs masks[/cyan]
     """
     from medmamba.pipeline.evaluating import evaluate as run_evaluate
 

@@ -21,10 +21,7 @@ def info(
     ],
     as_json: Json = False,
 ) -> None:
-    """Describe a model folder, or list the networks that can be trained.
-
-    Example: [cyan]medmamba info work/runs/lightm_unet_s/3d_fullres/fold_0[/cyan]
-    """
+    """Describe a model folder, or list the networks that can be trained."""
     if model == "networks":
         _print_networks(as_json=as_json)
         return

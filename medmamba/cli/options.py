@@ -13,6 +13,27 @@ DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d
 WorkFolder = Annotated[
     Path, typer.Argument(metavar="WORK", help="Work folder that `medmamba plan` made.")
 ]
+
+
+def complete_network(incomplete: str) -> list[str]:
+    """Names of networks that begin so, for the shell's completion."""
+    from medmamba.plans.presets import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of recipes that begin so, for the shell's completion."""
+    from medmamba.plans.presets import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_device(incomplete: str) -> list[str]:
+    """Devices that begin so, for the shell's completion."""
+    return [name for name in ("auto", "cpu", "cuda") if name.startswith(incomplete)]
+
+
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -22,7 +43,10 @@ Workers = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        "--device", metavar="auto|cpu|cuda[:i]", help="Where to compute; auto says its choice."
+        "--device",
+        metavar="auto|cpu|cuda[:i]",
+        autocompletion=complete_device,
+        help="Where to compute; auto says its choice.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from medmamba.cli.options import Json, Workers
+from medmamba.cli.options import Json, Workers, complete_network
 from medmamba.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ def plan(
     ],
     network: Annotated[
         str,
-        typer.Option("--network", "-n", help="Network to plan for (see `medmamba info networks`)."),
+        typer.Option(
+            "--network",
+            "-n",
+            autocompletion=complete_network,
+            help="Network to plan for (see `medmamba info networks`).",
+        ),
     ] = DEFAULT_NETWORK,
     gpu_memory: Annotated[
         float | None,
@@ -136,8 +141,6 @@ def plan(
 
     Every file is verified first; all problems are listed at once, and a fatal one ends with code 3.
     Interrupted runs continue where they stopped.
-
-    Example: [cyan]medmamba plan Dataset004_Hippocampus -o work --network plain_unet[/cyan]
     """
     if mixer is not None:
         check_choice("--mixer", mixer, ("mamba", "identity", "dwconv"))

@@ -86,8 +86,6 @@ def predict(
     or out of date.
 
     Exit code 0: all done; 4: some cases rejected or failed; 5: none succeeded.
-
-    Example: [cyan]medmamba predict -i images -o masks -m work/runs/NETWORK/3d_fullres/fold_0[/cyan]
     """
     from medmamba.pipeline.predicting import predict as run_predict
 

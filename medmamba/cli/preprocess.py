@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import Json, Workers
+from medmamba.cli.options import Json, Workers, complete_network
 from medmamba.cli.plan import DEFAULT_NETWORK
 
 
@@ -18,7 +18,10 @@ def preprocess(
         Path, typer.Option("--output", "-o", metavar="WORK", help="Work folder that holds a plan.")
     ],
     network: Annotated[
-        str, typer.Option("--network", "-n", help="Network whose plan decides.")
+        str,
+        typer.Option(
+            "--network", "-n", autocompletion=complete_network, help="Network whose plan decides."
+        ),
     ] = DEFAULT_NETWORK,
     configurations: Annotated[
         list[str] | None,
@@ -43,8 +46,6 @@ def preprocess(
     """Preprocess by the plan of a work folder, as it is there: nothing is decided anew.
 
     For further configurations, or after editing the plan. Cases that are there are left alone.
-
-    Example: [cyan]medmamba preprocess Dataset004_Hippocampus -o work -c 2d -c 3d_fullres[/cyan]
     """
     from medmamba.cli.display import StepProgress
     from medmamba.pipeline.planning import preprocess as run_preprocess

@@ -25,8 +25,6 @@ def report(
 
     The page is one file that opens from disk and loads nothing: pictures of every case, volumes
     with a flag where a structure touches the image's border, warnings, and a table to sort.
-
-    Example: [cyan]medmamba report masks -i images[/cyan]
     """
     from medmamba.reporting import write_report
 

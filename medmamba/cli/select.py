@@ -6,14 +6,19 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import Device, Json, WorkFolder
+from medmamba.cli.options import Device, Json, WorkFolder, complete_network
 
 
 def select(
     work: WorkFolder,
     networks: Annotated[
         list[str] | None,
-        typer.Option("--network", "-n", help="Choose among these (default: all trained)."),
+        typer.Option(
+            "--network",
+            "-n",
+            autocompletion=complete_network,
+            help="Choose among these (default: all trained).",
+        ),
     ] = None,
     configurations: Annotated[
         list[str] | None,
@@ -32,8 +37,6 @@ def select(
     """Pick network, or pair of networks, and postprocessing by cross-validated Dice.
 
     All folds must be trained. Writes one model folder with the weights of every fold.
-
-    Example: [cyan]medmamba select work -o model[/cyan]
     """
     from medmamba.cli.display import data, make_table
     from medmamba.evaluation.scores import Evaluation

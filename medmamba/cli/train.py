@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from medmamba.cli.options import Device, WorkFolder, format_duration, parse_duration
+from medmamba.cli.options import (
+    Device,
+    WorkFolder,
+    complete_network,
+    complete_recipe,
+    format_duration,
+    parse_duration,
+)
 from medmamba.cli.plan import DEFAULT_NETWORK
 from medmamba.errors import UsageError
 
@@ -19,7 +26,13 @@ if TYPE_CHECKING:
 def train(
     work: WorkFolder,
     network: Annotated[
-        str, typer.Option("--network", "-n", help="Network to train; it must have been planned.")
+        str,
+        typer.Option(
+            "--network",
+            "-n",
+            autocompletion=complete_network,
+            help="Network to train; it must have been planned.",
+        ),
     ] = DEFAULT_NETWORK,
     fold: Annotated[
         str, typer.Option("--fold", "-f", metavar="K|all", help="Fold number, or all cases.")
@@ -81,6 +94,7 @@ def train(
         str | None,
         typer.Option(
             "--recipe",
+            autocompletion=complete_recipe,
             metavar="NAME|FILE",
             help="Recipe instead of the plan's: common, short, nnunet, mambaclinix_trs, that of "
             "another preset, or a .toml file. Up to an hour on a CPU, presets may choose short.",
@@ -166,8 +180,6 @@ def train(
 
     A checkpoint is saved after every epoch. Ctrl-C and SIGTERM save and stop; [cyan]--resume[/cyan]
     goes on, on a CPU to the last bit as if nothing had happened.
-
-    Example: [cyan]medmamba train work --network lightm_unet_s --fold 0 --max-time 20m[/cyan]
 
     Several GPUs: [cyan]torchrun --nproc-per-node 4 -m medmamba train work[/cyan]
 

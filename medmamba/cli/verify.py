@@ -29,8 +29,6 @@ def verify(
 
     Exit code 0: as it was made; 3: parts of a model are missing or damaged; 4: this machine
     computes another mask, or a mask is missing, changed or unrecorded; 7: a model was changed.
-
-    Example: [cyan]medmamba verify work/runs/lightm_unet_s/3d_fullres/fold_0[/cyan]
     """
     from medmamba.bundle import MANIFEST_FILE, MODEL_FOLDER
 

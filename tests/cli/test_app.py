@@ -30,26 +30,6 @@ def one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> Non
         assert word in line, line
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "plan",
-        "train",
-        "predict",
-        "evaluate",
-        "demo",
-        "doctor",
-        "info",
-        "convert import-checkpoint",
-        "convert import-nnunet",
-    ],
-)
-def test_help_shows_an_example(command):
-    result = medmamba(*command.split(), "--help")
-    assert result.returncode == 0
-    assert f"Example: medmamba {command}" in result.stdout
-
-
 @pytest.mark.parametrize("page", sorted(HELP_PAGES.glob("*.txt")), ids=lambda page: page.stem)
 def test_help_pages_are_up_to_date(page):
     # A command of a group has the page "group-command"; its own name may hold more hyphens.

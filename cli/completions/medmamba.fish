@@ -1,0 +1,1 @@
+complete --command medmamba --no-files --arguments "(env _MEDMAMBA_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) medmamba)" --condition "env _MEDMAMBA_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) medmamba"
