@@ -76,6 +76,21 @@ def test_a_bad_case_costs_no_other(run, tmp_path):
     assert (record["status"], record["error"]["code"]) == ("rejected", "E_IO_TRUNCATED")
 
 
+def test_fine_tuning_begins_where_a_trained_model_ended(run, tmp_path):
+    _, work, _, trained = run
+    copy = tmp_path / "work"
+    shutil.copytree(work, copy, ignore=shutil.ignore_patterns("runs"))
+    options = {"network": NETWORK, "fold": "all", "epochs": 1, "iterations": 1}
+    tuned = medmamba.train(copy, **options, init=trained.run_folder)
+    assert tuned.dice > 0.5, "one step of a fresh network finds nothing"
+    start = json.loads((tuned.run_folder / "start.json").read_text())
+    assert (start["remade"], start["skipped"]) == ({}, {})
+    manifest = json.loads((tuned.model / "manifest.json").read_text())
+    assert manifest["training"]["started_from"].startswith("Dataset901_Ellipsoids")
+    with pytest.raises(CheckpointError, match="its start is"):
+        medmamba.train(copy, **options, resume=True)
+
+
 def test_the_plan_says_what_was_decided_and_why(run):
     _, work, planned, _ = run
     stored = json.loads((work / "plans" / f"{NETWORK}.json").read_text())

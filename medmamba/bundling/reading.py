@@ -185,9 +185,9 @@ def build_loaded(
         BundleError: tensors are missing, unexpected, misshapen or not finite; names them.
     """
     from medmamba.networks import build_network
-    from medmamba.networks.weights import load_exactly
+    from medmamba.networks.weights import load_exactly, require_finite
 
-    _require_finite(state, what)
+    require_finite(state, what)
     network = build_network(configuration.network)
     load_exactly(network, state, what=what)
     return network.eval().requires_grad_(False)
@@ -338,17 +338,3 @@ def _check_agreement(folder: Path, manifest: Manifest, plan: Plan) -> None:
                 f"{folder}: key '{key}' of {MANIFEST_FILE} is {found!r}, the plan says {needed!r}. "
                 "Manifest and plan do not belong together."
             )
-
-
-def _require_finite(state: "Mapping[str, Tensor]", what: str) -> None:
-    bad = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
-    ]
-    if bad:
-        raise BundleError(
-            f"{what}: tensor '{bad[0]}' holds NaN or infinity ({len(bad)} tensors in all). "
-            "Training had diverged; use an earlier checkpoint.",
-            code="E_MODEL_WEIGHTS",
-        )

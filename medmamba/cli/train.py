@@ -143,9 +143,27 @@ def train(
         typer.Option(
             "--freeze-epochs",
             min=0,
-            help="Epochs a pretrained encoder stays fixed (default: 10 of 1000).",
+            help="Epochs a pretrained encoder stays fixed (default: 10 of 1000); with --init, all "
+            "but heads and first layers (default: 0).",
         ),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            "--init",
+            metavar="MODEL|FILE",
+            help="Fine-tune: begin with a model folder, a folder that nnU-Net trained into, or an "
+            "official checkpoint. Heads are made anew where labels differ.",
+        ),
+    ] = None,
+    init_form: Annotated[
+        bool,
+        typer.Option(
+            "--init-form",
+            help="With --init: train the network with that model's widths, strides and blocks "
+            "instead of the plan's.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint of this run.")
     ] = False,
@@ -201,6 +219,8 @@ def train(
         "pretrained": pretrained,
         "pretrained_mode": pretrained_mode,
         "freeze_epochs": freeze_epochs,
+        "init": init,
+        "init_form": init_form,
         "resume": resume,
         "extend": extend,
         "overwrite": overwrite,

@@ -102,8 +102,19 @@ def read_checkpoint(
         BundleError: parts are missing, or tensors do not fit the network of the plan.
         PlanError: the checkpoint's plans cannot be used.
     """
-    what = f"checkpoint {path}"
-    content = read_foreign_pickle(path)
+    return fit_checkpoint(
+        read_foreign_pickle(path), f"checkpoint {path}", plans=plans, dataset_json=dataset_json
+    )
+
+
+def fit_checkpoint(
+    content: Any,
+    what: str,
+    *,
+    plans: Mapping[str, Any] | None = None,
+    dataset_json: Mapping[str, Any] | None = None,
+) -> ImportedFold:
+    """Do the same with what has been read of a checkpoint; ``what`` names it in messages."""
     state = _part(content, "network_weights", Mapping, what)
     arguments = _part(content, "init_args", Mapping, what)
     configuration = str(_part(arguments, "configuration", str, what))

@@ -17,7 +17,7 @@ from typing import Any
 from medmamba.bundle import Bundle
 from medmamba.errors import BundleError
 from medmamba.files import read_json
-from medmamba.interop.checkpoint import import_checkpoints
+from medmamba.interop.checkpoint import ImportedFold, import_checkpoints, read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 """What nnU-Net predicts with unless told otherwise."""
@@ -92,18 +92,38 @@ def import_results(results: ResultsFolder, folder: Path, *, name: str | None = N
         BundleError: parts are missing, or weights do not fit the network of the plans.
         PlanError: the plans cannot be used.
     """
-    files = {
-        part: read_json(results.folder / part, what=f"{results.folder}", error=BundleError)
-        for part in (PLANS_FILE, DESCRIPTION_FILE)
-    }
     return import_checkpoints(
         results.checkpoints,
         folder,
         name=name,
-        plans=files[PLANS_FILE],
-        dataset_json=files[DESCRIPTION_FILE],
+        plans=read_description(results, PLANS_FILE),
+        dataset_json=read_description(results, DESCRIPTION_FILE),
         scores=_scores(results),
     )
+
+
+def read_results_fold(results: ResultsFolder, fold: str) -> ImportedFold:
+    """Read one fold by the folder's plans and dataset.json.
+
+    Raises:
+        SecurityError: the checkpoint holds more than data; nothing of it was run.
+        BundleError: parts are missing, or weights do not fit the network of the plans.
+        PlanError: the plans cannot be used.
+    """
+    return read_checkpoint(
+        results.checkpoints[results.folds.index(fold)],
+        plans=read_description(results, PLANS_FILE),
+        dataset_json=read_description(results, DESCRIPTION_FILE),
+    )
+
+
+def read_description(results: ResultsFolder, part: str) -> Any:
+    """Read the plans or the dataset.json that lie beside the folds.
+
+    Raises:
+        BundleError: it is missing or no JSON.
+    """
+    return read_json(results.folder / part, what=f"{results.folder}", error=BundleError)
 
 
 def _models_below(path: Path) -> list[Path]:

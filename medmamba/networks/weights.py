@@ -106,6 +106,25 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, what: str = 
     module.load_state_dict(dict(state))
 
 
+def require_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights of a training that had diverged.
+
+    Raises:
+        BundleError: naming the first tensor with NaN or infinity.
+    """
+    bad = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if bad:
+        raise BundleError(
+            f"{what}: tensor '{bad[0]}' holds NaN or infinity ({len(bad)} tensors in all). "
+            "Training had diverged; use an earlier checkpoint.",
+            code="E_MODEL_WEIGHTS",
+        )
+
+
 def _list_names(kind: str, names: list[str]) -> str:
     if not names:
         return ""

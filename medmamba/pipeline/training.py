@@ -16,11 +16,10 @@ from medmamba.pipeline.cascade import (
 )
 from medmamba.pipeline.leaks import require_no_leak
 from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
-from medmamba.pipeline.starting import pretrained_start
+from medmamba.pipeline.starting import Beginning
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
-from medmamba.training.start import Start
 
 if TYPE_CHECKING:
     from medmamba.training.progress import EpochReport
@@ -60,6 +59,8 @@ def train(
     pretrained: Path | str | None = None,
     pretrained_mode: str = "exact",
     freeze_epochs: int | None = None,
+    init: Path | str | None = None,
+    init_form: bool = False,
     resume: bool = False,
     extend: bool = False,
     overwrite: bool = False,
@@ -94,7 +95,12 @@ def train(
         pretrained: VMamba-T weights for the encoder of a Swin-UMamba; see
             ``medmamba.pipeline.starting.pretrained_start``.
         pretrained_mode: ``exact`` or ``corrected``.
-        freeze_epochs: epochs for which a pretrained encoder stays fixed.
+        freeze_epochs: epochs for which a pretrained encoder stays fixed, or with ``init`` all but
+            heads and first layers.
+        init: begin with the weights of a trained model: bundle or run folder, a folder that
+            nnU-Net trained into, or a checkpoint file; see ``pipeline.starting.donated_start``.
+        init_form: train the network as that model has it (widths, strides, blocks, options)
+            instead of as planned.
         resume: go on from the latest checkpoint.
         extend: with ``resume``, accept another length than the run began with.
         overwrite: start again although the run exists.
@@ -132,6 +138,13 @@ def train(
         dummy_2d=dummy_2d,
     )
     _check_options(max_time, changes, resume=resume, overwrite=overwrite)
+    beginning = Beginning(
+        pretrained=None if pretrained is None else Path(pretrained),
+        pretrained_mode=pretrained_mode,
+        init=None if init is None else Path(init),
+        init_form=init_form,
+        freeze_epochs=freeze_epochs,
+    )
     place = open_work(Path(work))
     decided = place.load_plan(network)
     name = choose_configuration(decided, configuration)
@@ -140,9 +153,10 @@ def train(
     store = CaseStore(place.store(name, branch))
     require_no_leak(split, place.load_description(), store, fold=fold)
     previous = find_previous_stage(place, decided, name, fold, split)
+    spec, start = beginning.start(decided, name, fold, on_message)
     setup = TrainingSetup(
         run_folder=place.run(network, name, fold),
-        network=branch.network,
+        network=spec,
         grid=branch.grid,
         recipe=choose_recipe(branch.training, changes, dimension=branch.grid.dimension),
         label_map=decided.label_map,
@@ -154,7 +168,7 @@ def train(
         max_time_s=max_time,
         deterministic=deterministic,
         extend=extend,
-        start=_start(pretrained, pretrained_mode, freeze_epochs, on_message),
+        start=start,
         outside_is_zero_channels=masked_channels(branch),
         previous_folder=None if previous is None else previous.folder,
         previous_identity="" if previous is None else previous.identity,
@@ -196,21 +210,6 @@ def _check_options(
         raise UsageError("--max-time and --epochs exclude each other: give one of them.")
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: give one of them.")
-
-
-def _start(
-    pretrained: Path | str | None,
-    mode: str,
-    frozen_epochs: int | None,
-    say: Callable[[str], None] | None,
-) -> Start | None:
-    if pretrained is not None:
-        return pretrained_start(
-            Path(pretrained), mode=mode, frozen_epochs=frozen_epochs, on_message=say
-        )
-    if frozen_epochs is not None:
-        raise UsageError("--freeze-epochs: nothing to keep fixed; it goes with --pretrained FILE.")
-    return None
 
 
 def find_split(place: Work, name: str, branch: ConfigurationPlan, fold: int | str) -> Split:
@@ -311,7 +310,9 @@ def _write_model(
     from medmamba.training.checkpoint import prediction_weights
 
     # The plan of the bundle says how it was trained, flips included, whatever was planned.
-    branch = dataclasses.replace(decided.configurations[name], training=setup.recipe)
+    branch = dataclasses.replace(
+        decided.configurations[name], training=setup.recipe, network=setup.network
+    )
     branches = {**decided.configurations, name: branch}
     earlier = []
     if previous is not None:
@@ -337,7 +338,7 @@ def _write_model(
             "seconds": round(result.elapsed_s, 1),
             "seed": setup.seed,
             "training_cases": len(setup.split.train),
-            **({"pretrained": setup.start.source} if setup.start is not None else {}),
+            **({"started_from": setup.start.source} if setup.start is not None else {}),
         },
         scores={"validation_patch_dice": round(result.dice, 4)},
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from medmamba.errors import PlanError
 from medmamba.networks import NETWORKS, build_network, check_patch
 from medmamba.networks.spec import Mixer, NetworkSpec
+from medmamba.networks.transfer import heads_of, transfer
 from medmamba.networks.weights import load_exactly
 
 STAGES = 3
@@ -246,3 +247,18 @@ def test_dimension_that_does_not_exist_is_refused() -> None:
         spec = replace(plan("plain_unet", 2), name=name)
         with pytest.raises(PlanError, match=r"it is 3D, the patch .* is 2D"):
             check_patch(spec)
+
+
+@each_network
+def test_a_network_begins_with_one_for_other_labels_and_channels(name: str, dimension: int) -> None:
+    spec = plan(name, dimension)
+    other = replace(spec, in_channels=CHANNELS + 1, out_channels=CLASSES + 2)
+    torch.manual_seed(1)
+    given, network = build_network(other).state_dict(), seeded(spec)
+    report = transfer(network, spec, given, new_heads="other labels")
+    filled = network.state_dict()
+    assert {*report.loaded, *report.inflated, *report.remade} == set(filled)
+    assert set(report.remade) == heads_of(spec) != set()
+    assert all(torch.equal(filled[key], given[key]) for key in report.loaded)
+    assert len(report.loaded) > len(filled) / 2
+    assert report.inflated

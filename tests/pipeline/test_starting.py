@@ -1,17 +1,23 @@
-"""ImageNet start from files as users have them."""
+"""ImageNet start, and start from a trained model, from files as users have them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from foreign_checkpoints import write_checkpoint
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from medmamba.bundle import load_bundle, load_networks
 from medmamba.errors import BundleError, SecurityError, UsageError
+from medmamba.interop.checkpoint import import_checkpoints
+from medmamba.labels import LabelMap
 from medmamba.networks import build_network
 from medmamba.networks.spec import NetworkSpec
-from medmamba.pipeline.starting import pretrained_start, read_tensors
+from medmamba.pipeline.starting import Beginning, pretrained_start, read_tensors
+from medmamba.plans.plan import Plan
 
 SPEC = NetworkSpec(
     name="swin_umamba",
@@ -121,3 +127,85 @@ def test_unknown_mode_and_network_without_encoder(tmp_path: Path) -> None:
     )
     with pytest.raises(BundleError, match="has no VMamba encoder"):
         pretrained_start(tmp_path / "c.pth").fill(other)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "checkpoint.pth", "plain_unet")
+    return import_checkpoints([tmp_path / "checkpoint.pth"], tmp_path / "model").folder
+
+
+def begin(decided: Plan, fold: int | str = 2, **options: Any) -> tuple[list[str], Any, nn.Module]:
+    said: list[str] = []
+    spec, start = Beginning(**options).start(decided, "3d_fullres", fold, said.append)
+    assert start is not None
+    network = build_network(spec)
+    return said, start.fill(network), network
+
+
+def test_a_trained_model_is_taken_over_where_labels_are_the_same(model: Path) -> None:
+    bundle = load_bundle(model)
+    said, record, network = begin(bundle.plan, init=model)
+    given = load_networks(bundle)[0].state_dict()
+    assert set(record["loaded"]) == set(given)
+    assert all(torch.equal(network.state_dict()[name], given[name]) for name in given)
+    assert said == [
+        f"init Dataset001_Blocks plain_unet, fold 2 (plain_unet): {len(given)} tensors loaded, "
+        "0 made anew, 0 skipped"
+    ]
+
+
+def test_heads_are_made_anew_for_other_labels_and_it_is_said(model: Path) -> None:
+    decided = load_bundle(model).plan
+    label_map = LabelMap(values={"background": (0,), "brick": (1,)})
+    said, record, _ = begin(replace(decided, label_map=label_map), init=model)
+    assert set(record["remade"].values()) == {"heads, for labels brick instead of block"}
+    assert all("seg_layers" in name for name in record["remade"])
+    assert "for labels brick instead of block" in said[1]
+
+
+def test_what_a_reader_of_the_scores_must_know_is_said(model: Path) -> None:
+    decided = load_bundle(model).plan
+    said, _, _ = begin(replace(decided, channel_names=("CT",)), fold=0, init=model)
+    assert "its image channels are MRI, those here CT" in said[1]
+    assert "trained on fold 2 of this dataset" in said[2]
+
+
+def test_another_form_is_refused_unless_it_is_asked_for(model: Path) -> None:
+    decided = load_bundle(model).plan
+    branch = decided.configurations["3d_fullres"]
+    wide = replace(branch.network, features=(8, 16, 64))
+    planned = replace(decided, configurations={"3d_fullres": replace(branch, network=wide)})
+    with pytest.raises(BundleError, match=r"of another shape .*--init-form"):
+        begin(planned, init=model)
+    _, record, network = begin(planned, init=model, init_form=True)
+    assert set(record["loaded"]) == set(network.state_dict())
+    other = replace(wide, name="resenc_unet")
+    planned = replace(decided, configurations={"3d_fullres": replace(branch, network=other)})
+    with pytest.raises(BundleError, match="is a plain_unet, this run trains resenc_unet"):
+        begin(planned, init=model, init_form=True)
+
+
+def test_all_but_heads_and_first_layers_can_stay_fixed(model: Path) -> None:
+    decided = load_bundle(model).plan
+    spec, start = Beginning(init=model, freeze_epochs=3).start(decided, "3d_fullres", 2, None)
+    assert start is not None
+    network = build_network(spec)
+    free = set(dict(network.named_parameters())) - set(start.frozen(network))
+    assert start.epochs_frozen(1000) == 3
+    assert {name.split(".")[1] for name in free} == {"stages", "seg_layers"}
+    _, start = Beginning(init=model).start(decided, "3d_fullres", 2, None)
+    assert start is not None and start.epochs_frozen(1000) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": Path("a"), "pretrained": Path("b")},
+        {"init_form": True},
+        {"freeze_epochs": 3},
+    ],
+)
+def test_options_that_do_not_go_together(model: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Beginning(**options).start(load_bundle(model).plan, "3d_fullres", 0, None)
