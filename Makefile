@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: sbom licences audit wheel-check container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
+.PHONY: readme-tables sbom licences audit wheel-check container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,7 +47,10 @@ golden: setup ## rewrite help pages and completion scripts; review the differenc
 	@for shell in bash zsh fish; do \
 	  _MEDMAMBA_COMPLETE=source_$$shell $(BIN)/medmamba > cli/completions/medmamba.$$shell; done
 
-docs: golden ## regenerate what the documentation takes from the program
+readme-tables: setup ## write README's tables from the results beside the benchmarks
+	$(BIN)/python cli/bench/readme_tables.py
+
+docs: golden readme-tables ## regenerate what the documentation takes from the program
 
 bench: setup ## time the scan on this CPU, after checking that it is right
 	$(BIN)/python kernels/bench/cpu.py

@@ -1,5 +1,7 @@
-"""Links in the documentation lead somewhere, and commands it shows exist."""
+"""Links lead somewhere, commands that are shown exist, and tables are those of the results."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +9,9 @@ import pytest
 from typer.main import get_command
 
 from medmamba.cli.app import app
+from medmamba.files import to_plain
+from medmamba.networks import NETWORKS
+from medmamba.networks.describe import describe_networks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -15,6 +20,7 @@ PAGES = sorted(
     if not {".venv", "build", "node_modules"} & set(path.relative_to(ROOT).parts)
 )
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+QUICK = ("plain_unet",)  # the others are counted by the slow tests
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -56,3 +62,39 @@ def test_commands_and_options_exist(page: str, command: str, rest: str) -> None:
     }
     used = re.findall(r"(?<![\w-])(--?[a-z][a-z0-9-]*)", rest.split("#")[0])
     assert not [name for name in used if name not in options], f"{page}: medmamba {command}{rest}"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    path = ROOT / "cli" / "bench" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_the_front_page_are_those_of_the_results(tables) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert tables.rewritten(text) == text, "run `make readme-tables`"
+    changed = text.replace("| `plain_unet` | 3D |", "| `plain_unet` | 4D |")
+    assert changed != text
+    assert tables.rewritten(changed) == text
+
+
+def test_every_network_is_in_its_table(tables) -> None:
+    counted = {row["name"] for row in json.loads(tables.NETWORKS.read_text())}
+    assert counted == set(NETWORKS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in sorted(NETWORKS)
+    ],
+)
+def test_sizes_of_networks_are_as_counted(tables, name: str) -> None:
+    noted = [row for row in json.loads(tables.NETWORKS.read_text()) if row["name"] == name]
+    assert [to_plain(row) for row in describe_networks([name])] == noted, (
+        "run `python cli/bench/readme_tables.py --networks`"
+    )

@@ -153,7 +153,14 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        write_atomic(arguments.json, to_json([asdict(row) for row in rows]))
+        results = {
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "edge": arguments.edge,
+            "threads": arguments.threads,
+            "rows": [asdict(row) for row in rows],
+        }
+        write_atomic(arguments.json, to_json(results))
 
 
 if __name__ == "__main__":
