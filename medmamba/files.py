@@ -14,7 +14,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -176,10 +176,28 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Render rows as CSV that a spreadsheet shows and never runs; NaN and None become empty."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    _write_csv(buffer, header, rows)
+    return buffer.getvalue()
+
+
+def replace_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write such CSV atomically, row by row: however many rows, memory stays the same.
+
+    Raises:
+        EnvironmentFault: the folder cannot be written or the disk is full.
+    """
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as handle:
+            _write_csv(handle, header, rows)
+
+    replace_atomic(path, fill)
+
+
+def _write_csv(handle: TextIO, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    writer = csv.writer(handle, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([_csv_cell(value) for value in row] for row in rows)
-    return buffer.getvalue()
 
 
 def _csv_cell(value: object) -> object:

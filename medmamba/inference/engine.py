@@ -8,9 +8,11 @@ torch here.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +21,12 @@ from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder
 from medmamba.inference.casework import CaseWork, OnTiles
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
+from medmamba.inference.history import records_of_run
 from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import Run, sweep_temporary_files
 from medmamba.inference.ledger import Ledger
-from medmamba.inference.overlap import PREFETCH_BYTES, take_from, work_through
-from medmamba.inference.records import CommitRecord, ModelIdentity
+from medmamba.inference.overlap import PREFETCH_BYTES, Work, take_from, work_through
+from medmamba.inference.records import DONE, CommitRecord, ModelIdentity
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
 
@@ -33,7 +36,10 @@ Overwrite = Literal["never", "stale", "always"]
 FailOn = Literal["any", "all", "never"]
 
 OnCase = Callable[[CommitRecord, int, int, float], None]
-"""Called per finished case with (record, done, total, seconds left)."""
+"""Called per finished case with (record, done, total, seconds left).
+
+Where nobody knows how much is to come, the total is what is done.
+"""
 
 EXIT_SOME_FAILED = 4
 EXIT_NONE_SUCCEEDED = 5
@@ -46,7 +52,7 @@ class PredictionRun:
     Args:
         folder: where the masks are.
         run_id: its folder is ``run/<run_id>``.
-        records: one per case that was decided, in order of completion.
+        counts: cases that were decided, by status.
         total: cases asked for.
         exit_code: of a process that did this and nothing else.
         elapsed_s: seconds in all.
@@ -54,24 +60,31 @@ class PredictionRun:
 
     folder: Path
     run_id: str
-    records: tuple[CommitRecord, ...]
+    counts: dict[str, int]
     total: int
     exit_code: int
     elapsed_s: float
 
     @property
+    def records(self) -> tuple[CommitRecord, ...]:
+        """One per case that was decided, sorted by case; read from disk anew."""
+        return tuple(records_of_run(self.folder, self.run_id))
+
+    @property
     def succeeded(self) -> int:
         """Cases that have a mask."""
-        return sum(record.succeeded for record in self.records)
+        return sum(self.counts.get(status, 0) for status in DONE)
 
 
 def predict_cases(
-    cases: Sequence[Case],
+    cases: Iterable[Work],
     folder: Path,
     predictor: CasePredictor,
     *,
     model: ModelIdentity,
     rejected: Sequence[Rejection] = (),
+    total: int | None = None,
+    shard: str = "",
     overwrite: Overwrite = "stale",
     fail_on: FailOn = "any",
     max_failures: int | None = None,
@@ -85,11 +98,13 @@ def predict_cases(
     """Write a mask and a commit record for each case, and a summary of the run.
 
     Args:
-        cases: what to predict.
+        cases: what to predict; a stream is read one case ahead and never kept.
         folder: where masks and records go.
         predictor: the networks, with preprocessing and restoring.
         model: identity that goes into records and keys.
         rejected: cases turned away before, to be recorded with the rest.
+        total: length of a stream, where somebody knows it.
+        shard: which share of the work this is, as INDEX/COUNT; for the journal.
         overwrite: ``stale`` redoes a case whose input, model or parameters changed, or whose mask
             was edited; ``never`` keeps whatever is done; ``always`` redoes everything.
         fail_on: which failures show in the exit code.
@@ -113,26 +128,27 @@ def predict_cases(
         overwrite=overwrite,
     )  # fmt: skip
     work = CaseWork(ledger, predictor, gate=gate, segments=segments, on_tiles=on_tiles)
-    tally = Tally(len(cases) + len(rejected), on_case=on_case, max_failures=max_failures)
+    if isinstance(cases, Sequence):
+        total = len(cases) + len(rejected)
+    tally = Tally(total, on_case=on_case, max_failures=max_failures)
     with run, drain_on_signals(grace_s) as drain:
-        run.log("started", cases=tally.total, rejected=len(rejected))
-        for rejection in rejected:
-            tally.report(ledger.refuse(rejection))
-        _work_through(work, cases, tally, drain, prefetch_bytes)
+        run.log("started", cases=total, rejected=len(rejected), shard=shard)
+        _work_through(work, chain(rejected, cases), ledger, tally, drain, prefetch_bytes)
         exit_code = drain.exit_code or tally.exit_code(fail_on)
         context = {"model": model, "parameters": parameters, "overwrite": overwrite}
-        run.finish(tally.records, context=context, exit_code=exit_code)
+        run.finish(records_of_run(folder, run.run_id), context=context, exit_code=exit_code)
     return tally.outcome(run, folder, exit_code)
 
 
-def prepare_folder(cases: Sequence[Case], folder: Path) -> None:
+def prepare_folder(cases: Iterable[Work], folder: Path) -> None:
     """Make an output folder ready for a run.
 
     Raises:
         EnvironmentFault: it cannot be written.
         UsageError: it holds the inputs.
     """
-    _require_apart(cases, folder)
+    if isinstance(cases, Sequence):  # a stream judges its cases one by one
+        _require_apart(cases, folder)
     require_writable_folder(folder)
     sweep_temporary_files(folder)
 
@@ -141,27 +157,32 @@ class Tally:
     """The cases that were decided in a run.
 
     Args:
-        total: cases asked for.
+        total: cases asked for, where it is known.
         on_case: called per decided case.
         max_failures: stop after so many cases without a mask.
     """
 
     def __init__(
-        self, total: int, *, on_case: OnCase | None = None, max_failures: int | None = None
+        self, total: int | None, *, on_case: OnCase | None = None, max_failures: int | None = None
     ) -> None:
-        self.records: list[CommitRecord] = []
-        self.total = total
+        self.counts: Counter[str] = Counter()
+        self._total = total
         self._on_case = on_case
         self._max_failures = max_failures
         self._started = time.monotonic()
         self._lock = threading.Lock()
 
+    @property
+    def total(self) -> int:
+        """Cases asked for, as far as is known."""
+        return self.counts.total() if self._total is None else self._total
+
     def report(self, record: CommitRecord) -> None:
         """Count a decided case and tell whoever wants to know."""
         with self._lock:
-            self.records.append(record)
-            done = len(self.records)
-            worked = sum(known.status != "skipped" for known in self.records)
+            self.counts[record.status] += 1
+            done = self.counts.total()
+            worked = done - self.counts["skipped"]
             pace = (time.monotonic() - self._started) / max(1, worked)
             if self._on_case is not None:
                 self._on_case(record, done, self.total, pace * (self.total - done))
@@ -171,14 +192,17 @@ class Tally:
         """Whether no more cases are to be begun because too many had no mask."""
         if self._max_failures is None:
             return False
-        return sum(not record.succeeded for record in self.records) >= self._max_failures
+        return self.counts.total() - self._succeeded >= self._max_failures
+
+    @property
+    def _succeeded(self) -> int:
+        return sum(self.counts[status] for status in DONE)
 
     def exit_code(self, fail_on: FailOn) -> int:
         """Of a run that was not interrupted."""
-        succeeded = sum(record.succeeded for record in self.records)
-        if fail_on == "never" or succeeded == len(self.records):
+        if fail_on == "never" or self._succeeded == self.counts.total():
             return 0
-        if succeeded == 0:
+        if self._succeeded == 0:
             return EXIT_NONE_SUCCEEDED
         return EXIT_SOME_FAILED if fail_on == "any" else 0
 
@@ -189,7 +213,7 @@ class Tally:
         return PredictionRun(
             folder=folder,
             run_id=run.run_id,
-            records=tuple(self.records),
+            counts=dict(self.counts),
             total=self.total,
             exit_code=exit_code,
             elapsed_s=time.monotonic() - self._started,
@@ -197,7 +221,12 @@ class Tally:
 
 
 def _work_through(
-    work: CaseWork, cases: Sequence[Case], tally: Tally, drain: DrainRequest, prefetch_bytes: int
+    work: CaseWork,
+    cases: Iterable[Work],
+    ledger: Ledger,
+    tally: Tally,
+    drain: DrainRequest,
+    prefetch_bytes: int,
 ) -> None:
     """Work through all cases, then one by one through those that did not fit beside another."""
     short: list[Case] = []
@@ -208,23 +237,26 @@ def _work_through(
         elif job.record is not None:
             tally.report(job.record)
 
+    def refuse(rejection: Rejection) -> None:
+        tally.report(ledger.refuse(rejection))
+
+    def may_go_on() -> bool:
+        return not (drain.requested or tally.failed_too_often)
+
     go = partial(
-        work_through,
-        work,
-        drain=drain,
-        may_go_on=lambda: not (drain.requested or tally.failed_too_often),
-        prefetch_bytes=prefetch_bytes,
+        work_through, work, drain=drain, may_go_on=may_go_on, prefetch_bytes=prefetch_bytes
     )
-    go(take_from(cases), settle=settle)
+    go(take_from(cases, refuse=refuse, may_go_on=may_go_on), settle=settle)
     for case in short:
         logger.warning("case %s: host memory ran out; trying once more, alone", case.id)
-        go(take_from([case]), settle=partial(settle, last_try=True))
+        again = take_from([case], refuse=refuse, may_go_on=may_go_on)
+        go(again, settle=partial(settle, last_try=True))
 
 
-def _require_apart(cases: Sequence[Case], folder: Path) -> None:
+def _require_apart(cases: Sequence[Work], folder: Path) -> None:
     """Masks must never land among, above or instead of the inputs."""
     target = folder.resolve()
-    images = {path for case in cases for path in case.images}
+    images = {path for case in cases if isinstance(case, Case) for path in case.images}
     for series in filter(Path.is_dir, images):
         if target.is_relative_to(series.resolve()):
             raise UsageError(

@@ -12,7 +12,8 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 from medmamba import __version__
 from medmamba.errors import EnvironmentFault
-from medmamba.files import TEMPORARY_PREFIX, to_csv, to_json, write_atomic
+from medmamba.files import TEMPORARY_PREFIX, replace_csv, to_json, write_atomic
 from medmamba.inference.records import CommitRecord
 
 RUNS_FOLDER = "run"
@@ -116,14 +117,16 @@ class Run:
         set_aside(path, self.folder)
 
     def finish(
-        self, records: Sequence[CommitRecord], *, context: Mapping[str, Any], exit_code: int
+        self, records: Iterable[CommitRecord], *, context: Mapping[str, Any], exit_code: int
     ) -> None:
-        """Write the last event, ``summary.csv`` and ``manifest.json``."""
+        """Write the last event, ``summary.csv`` and ``manifest.json``.
+
+        Which inputs became which output stands in the journal, whose last hash the manifest holds.
+        """
         self.log("ended", exit_code=exit_code)
-        write_atomic(self.folder / "summary.csv", to_csv(SUMMARY_COLUMNS, summary_rows(records)))
-        counts: dict[str, int] = {}
-        for record in records:
-            counts[record.status] = counts.get(record.status, 0) + 1
+        counts: Counter[str] = Counter()
+        rows = (row for record in _counted(records, counts) for row in summary_rows([record]))
+        replace_csv(self.folder / "summary.csv", SUMMARY_COLUMNS, rows)
         manifest = {
             "run_id": self.run_id,
             "version": __version__,
@@ -132,16 +135,7 @@ class Run:
             "host": {"machine": platform.machine(), "processors": os.cpu_count()},
             **context,
             "exit_code": exit_code,
-            "counts": counts,
-            "cases": [
-                {
-                    "case_id": record.case_id,
-                    "status": record.status,
-                    "inputs": [identity.sha256 for identity in record.inputs],
-                    "output": None if record.output is None else record.output.sha256,
-                }
-                for record in records
-            ],
+            "counts": dict(counts),
             "journal_sha256": self._previous,
         }
         write_atomic(self.folder / "manifest.json", to_json(manifest))
@@ -210,6 +204,12 @@ def summary_rows(records: Sequence[CommitRecord]) -> list[list[object]]:
             for item in record.labels
         ]
     return rows
+
+
+def _counted(records: Iterable[CommitRecord], counts: Counter[str]) -> Iterator[CommitRecord]:
+    for record in records:
+        counts[record.status] += 1
+        yield record
 
 
 def _now() -> str:

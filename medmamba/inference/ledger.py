@@ -136,7 +136,8 @@ class Ledger:
         write_atomic(self._record_path(record.case_id), to_json(record))
         code = record.error.code if record.error else ""
         output = record.output.sha256 if record.output else ""
-        self.run.log(record.status, case=record.case_id, error=code, output=output)
+        inputs = [identity.sha256 for identity in record.inputs]
+        self.run.log(record.status, case=record.case_id, error=code, inputs=inputs, output=output)
 
     def _record_path(self, case_id: str) -> Path:
         return self.folder / f"{case_id}.json"

@@ -7,22 +7,50 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from medmamba.dataset import Case
+from medmamba.dataset import Case, Rejection
 from medmamba.inference.draining import DrainRequest
 from medmamba.inference.job import Job
 
 PREFETCH_BYTES = 2 * 2**30
 """The next case is read ahead only while those in work take less memory than this."""
 
+Work = Case | Rejection | None
+"""What a stream of work gives: a case, one that was turned away, or nothing at the moment."""
+
 Take = Callable[[bool], Case | None]
 """Gives the next case. True: wait for it, None means that there are no more; False: None also
 means that there is none yet."""
 
 
-def take_from(cases: Iterable[Case]) -> Take:
-    """Give the cases of a list, all of which are known from the beginning."""
-    remaining = iter(cases)
-    return lambda wait: next(remaining, None)
+def take_from(
+    work: Iterable[Work],
+    *,
+    refuse: Callable[[Rejection], None],
+    may_go_on: Callable[[], bool],
+) -> Take:
+    """Give the cases of a list or stream one by one.
+
+    Args:
+        work: cases, and those turned away. A stream gives None when it has nothing at the moment;
+            asked again at once, it may wait a little.
+        refuse: called with what was turned away.
+        may_go_on: once false, there are no more.
+    """
+    remaining = iter(work)
+
+    def take(wait: bool) -> Case | None:
+        while may_go_on():
+            try:
+                item = next(remaining)
+            except StopIteration:
+                return None
+            if isinstance(item, Rejection):
+                refuse(item)
+            elif item is not None or not wait:
+                return item
+        return None
+
+    return take
 
 
 class Stages(Protocol):

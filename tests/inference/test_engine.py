@@ -291,8 +291,9 @@ def test_listed_rejections_are_recorded_under_safe_names(tmp_path: Path) -> None
     bad = Rejection(id="../../=etc/x", code="E_PATH_UNSAFE", message="unsafe name")
     run = predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL, rejected=[bad])
     assert run.exit_code == 4
-    assert run.records[0].status == "rejected"
-    assert (tmp_path / "out" / f"{run.records[0].case_id}.json").is_file()
+    ok, rejected = run.records
+    assert (ok.status, rejected.status) == ("ok", "rejected")
+    assert (tmp_path / "out" / f"{rejected.case_id}.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -335,8 +336,8 @@ def test_the_run_folder_tells_the_story(tmp_path: Path) -> None:
     assert manifest["counts"] == {"ok": 1, "rejected": 1}
     assert manifest["journal_sha256"] == hashlib.sha256(lines[-1].encode()).hexdigest()
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
-    assert [row["label"] for row in rows] == ["bright", "very bright", ""]
-    assert rows[2]["case"] == "'-b"
+    assert [row["label"] for row in rows] == ["", "bright", "very bright"]
+    assert rows[0]["case"] == "'-b"
     assert sorted(path.name for path in folder.iterdir()) == [
         "journal-0.jsonl",
         "manifest.json",
@@ -542,3 +543,29 @@ def test_pictures_are_answered_with_pictures(tmp_path: Path) -> None:
     assert run.exit_code == 0
     with Image.open(tmp_path / "out" / "photo.png") as mask:
         np.testing.assert_array_equal(np.asarray(mask), (grey > 50).astype(int) + (grey > 100))
+
+
+def test_a_stream_is_read_one_case_ahead_and_may_pause(tmp_path: Path) -> None:
+    cases = [image(tmp_path / "in", name, seed=i) for i, name in enumerate("abc")]
+    out = tmp_path / "out"
+    missing_at_pause: list[bool] = []
+
+    def stream():
+        yield cases[0]
+        yield Rejection(id="x", code="E_PATH_ESCAPE", message="leaves the folder")
+        yield cases[1]
+        yield None  # nothing at the moment: the network goes on
+        # Asked again, whoever gives the cases knows that those before are done.
+        missing_at_pause.extend(not (out / f"{name}.json").exists() for name in "axb")
+        yield None
+        yield cases[2]
+
+    seen = []
+    run = predict_cases(
+        stream(), out, ThresholdPredictor(), model=MODEL,
+        on_case=lambda record, done, total, left: seen.append((record.case_id, done, total)),
+    )  # fmt: skip
+    assert missing_at_pause == [False, False, False]
+    assert run.counts == {"ok": 3, "rejected": 1}
+    assert [record.case_id for record in run.records] == ["a", "b", "c", "x"]
+    assert [entry[1:] for entry in seen] == [(1, 1), (2, 2), (3, 3), (4, 4)]
