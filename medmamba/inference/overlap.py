@@ -93,7 +93,7 @@ def work_through(
         waiting: Case | None = None
         exporting: Future[None] | None = None
         while may_go_on():
-            case = waiting or (None if ahead else take(False))
+            case = waiting
             if ahead is None and case is None:
                 if exporting is not None:
                     exporting.result()
