@@ -1,4 +1,4 @@
-"""``medmamba info``: what a model is, and which networks there are."""
+"""``medmamba info``: what a model is, where a run is, and which networks there are."""
 
 import sys
 from pathlib import Path
@@ -21,21 +21,28 @@ def info(
     ],
     as_json: Json = False,
 ) -> None:
-    """Describe a model folder, or list the networks that can be trained."""
+    """Describe a model folder or a training run, or list the networks that can be trained."""
     if model == "networks":
         _print_networks(as_json=as_json)
         return
     from medmamba.bundle import read_manifest
     from medmamba.files import to_json
+    from medmamba.pipeline.run_summary import is_run
 
+    if is_run(Path(model)):
+        from medmamba.cli.info_run import print_run
+
+        print_run(Path(model), as_json=as_json)
+        return
     manifest = read_manifest(Path(model))
     if as_json:
         sys.stdout.write(to_json(manifest))
         return
-    _print_manifest(manifest)
+    print_manifest(manifest)
 
 
-def _print_manifest(manifest: "Manifest") -> None:
+def print_manifest(manifest: "Manifest") -> None:
+    """Print every key of a manifest as a table."""
     from medmamba.cli.display import data, make_table
     from medmamba.files import to_plain
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from medmamba.errors import BundleError
 from medmamba.files import replace_atomic
-
-METADATA_KEY = "medmamba"
-"""All metadata is one JSON string: safetensors writes several entries in random order."""
+from medmamba.networks.tensor_file import METADATA_KEY
 
 NAMES_SHOWN = 5
 """Tensors named per kind of mismatch; the rest are counted."""
@@ -58,18 +56,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     with _open(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """Read what ``save_weights`` was given as metadata, without reading tensors.
-
-    Raises:
-        BundleError: the file is missing, truncated or no safetensors file.
-    """
-    with _open(path) as file:
-        stored = file.metadata() or {}
-    values = json.loads(stored.get(METADATA_KEY, "{}"))
-    return {str(key): str(value) for key, value in values.items()}
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, what: str = "weights") -> None:

@@ -142,8 +142,8 @@ def run_here(
     from medmamba.pipeline.validating import validate_cases
     from medmamba.pipeline.work import open_work
     from medmamba.training.checkpoint import prediction_weights
-    from medmamba.training.progress import read_log
-    from medmamba.training.trainer import LOG, train_fold
+    from medmamba.training.run_files import LOG, read_log
+    from medmamba.training.trainer import train_fold
 
     decided, setup = prepare(run, folder)
     result = train_fold(

@@ -123,17 +123,6 @@ def _unwritable(path: Path, error: OSError) -> EnvironmentFault:
     )
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a log; a torn last line is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def memory_gb(device: torch.device) -> float:
     """Return the most memory this process held, on the GPU when it trains there."""
     if device.type == "cuda":

@@ -20,7 +20,6 @@ from medmamba.files import require_writable_folder, to_json, to_plain, write_ato
 from medmamba.networks import build_network
 from medmamba.preprocessing.store import CaseStore, PreviousStore
 from medmamba.training import checkpoint as checkpoints
-from medmamba.training.checkpoint import BEST, LATEST, RunState
 from medmamba.training.draws import preset_of
 from medmamba.training.interruption import StopRequest, stop_on_signals
 from medmamba.training.loading import BatchLoader
@@ -38,6 +37,16 @@ from medmamba.training.progress import (
     write_run_record,
 )
 from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.run_files import (
+    BEST,
+    CURVES,
+    LATEST,
+    LOG,
+    RUN_RECORD,
+    START_RECORD,
+    RunState,
+    read_log,
+)
 from medmamba.training.sampling import Batch, PatchSampler, SamplingSettings, Stream
 from medmamba.training.schedule import Clock, make_schedule
 from medmamba.training.setup import TrainingResult, TrainingSetup
@@ -49,11 +58,6 @@ from medmamba.training.validation import Validation, validate
 __all__ = ["TrainingResult", "TrainingSetup", "batch_size_on", "train_fold"]
 
 logger = logging.getLogger(__name__)
-
-LOG, RUN_RECORD, CURVES = "log.jsonl", "run.json", "curves.png"
-
-START_RECORD = "start.json"
-"""What became of the weights a run was given to begin with."""
 
 EMA_KEEP = 0.9
 """Share of the old value in the smoothed validation Dice (nnU-Net)."""
@@ -405,7 +409,6 @@ class FoldRun:
         if not force and now - self._curves_at < CURVES_EVERY_S:
             return
         from medmamba.evaluation.curves import plot_curves
-        from medmamba.training.progress import read_log
 
         self._curves_at = now
         self.log.sync()

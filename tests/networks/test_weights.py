@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from medmamba.errors import BundleError
-from medmamba.networks.weights import load_exactly, load_metadata, load_weights, save_weights
+from medmamba.networks.tensor_file import load_metadata
+from medmamba.networks.weights import load_exactly, load_weights, save_weights
 
 
 def test_round_trip_keeps_values_types_and_metadata(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 import medmamba
 from medmamba.errors import UsageError
 from medmamba.pipeline.folds import EpochFollower, train_folds
-from medmamba.training.checkpoint import load_state, prediction_weights
-from medmamba.training.progress import read_log
+from medmamba.training.checkpoint import prediction_weights
+from medmamba.training.run_files import load_state, read_log
 
 NETWORK = "plain_unet"
 HERE = Path(__file__).parent

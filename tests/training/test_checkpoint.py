@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from medmamba.errors import CheckpointError, EnvironmentFault
-from medmamba.training import checkpoint
+from medmamba.training import run_files
 from medmamba.training.checkpoint import (
-    RunState,
     load_checkpoint,
-    load_state,
     prediction_weights,
     restore_average,
     restore_network,
@@ -22,6 +20,7 @@ from medmamba.training.checkpoint import (
 )
 from medmamba.training.optimization import WeightAverage, make_optimizer
 from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.run_files import RunState, load_state
 
 STATE = RunState(identity={"network": "n"}, epoch=3, iteration=12, losses=(0.5, 0.25), ema_dice=0.7)
 
@@ -121,6 +120,6 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path, monkeypatch) -> Non
     save_checkpoint(path, STATE, network=network_of(0), optimizer=None, average=None)
     with pytest.raises(CheckpointError, match=r"does not fit the network"):
         restore_network(nn.Conv3d(2, 4, 3), load_checkpoint(path), path)
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_VERSION", 2)
+    monkeypatch.setattr(run_files, "CHECKPOINT_VERSION", 2)
     with pytest.raises(CheckpointError, match="version 1"):
         load_state(path)

@@ -6,7 +6,8 @@ import pytest
 
 from medmamba.errors import EnvironmentFault
 from medmamba.evaluation.curves import plot_curves
-from medmamba.training.progress import RunLog, read_log
+from medmamba.training.progress import RunLog
+from medmamba.training.run_files import read_log
 
 
 def epoch_row(epoch: int) -> dict:

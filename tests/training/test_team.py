@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from medmamba.errors import UsageError
-from medmamba.training.checkpoint import load_state, prediction_weights
-from medmamba.training.progress import read_log
+from medmamba.training.checkpoint import prediction_weights
+from medmamba.training.run_files import load_state, read_log
 from medmamba.training.team import ALONE, Team
 
 from .conftest import build_setup

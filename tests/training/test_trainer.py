@@ -18,8 +18,8 @@ from medmamba.errors import CheckpointError, TrainingError
 from medmamba.preprocessing.pipeline import PreprocessedCase
 from medmamba.preprocessing.store import CaseStore
 from medmamba.training import trainer
-from medmamba.training.checkpoint import load_state, prediction_weights
-from medmamba.training.progress import read_log
+from medmamba.training.checkpoint import prediction_weights
+from medmamba.training.run_files import load_state, read_log
 from medmamba.training.sampling import PatchSampler
 from medmamba.training.trainer import TrainingSetup, train_fold
 
