@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build the cpu image and predict inside it, hardened, without a Docker engine. For root on Debian 12.
+# Build an image and predict inside it, hardened, without a Docker engine. For root on Debian 12.
 #
-#   docker/check.sh MODEL IMAGES [--base IMAGE] [--find-links FOLDER]
+#   docker/check.sh MODEL IMAGES [--target cpu|cuda] [--base IMAGE] [--find-links FOLDER]
 #
 # MODEL is a model folder, IMAGES a folder of NIfTI files for it. Without --base the base image is made by debootstrap.
 # --find-links names a folder of wheels that pip prefers, a CPU build of torch for instance. The image is built by
@@ -10,9 +10,10 @@ set -euo pipefail
 
 model=$(realpath "$1") images=$(realpath "$2")
 shift 2
-base="" links=""
+target=cpu base="" links=""
 while [ $# -gt 0 ]; do
   case $1 in
+    --target) target=$2 ;;
     --base) base=$2 ;;
     --find-links) links=$(realpath "$2") ;;
     *) echo "check.sh: $1: unknown" >&2; exit 2 ;;
@@ -43,6 +44,8 @@ if [ -z "$base" ]; then
   say "base image by debootstrap"
   make_base() {
     debootstrap --variant=minbase --include=ca-certificates bookworm "$scratch/base" >"$scratch/debootstrap.log"
+    # As small as Debian's own slim image: no packages that are unpacked already, no manuals, no translations.
+    rm -rf "$scratch/base"/var/cache/apt/* "$scratch/base"/usr/share/{doc,man,info,locale}/*
     # Certificates of this machine, for registries behind a proxy of the house.
     cp /etc/ssl/certs/ca-certificates.crt "$scratch/base/etc/ssl/certs/ca-certificates.crt"
     local from
@@ -55,25 +58,27 @@ if [ -z "$base" ]; then
   base=localhost/medmamba-base:bookworm
 fi
 
-say "cpu image by buildah"
-options=(--isolation chroot --layers=false -f docker/Dockerfile --target cpu --build-arg "BASE=$base"
+say "$target image by buildah"
+options=(--isolation chroot --layers=false -f docker/Dockerfile --target "$target" --build-arg "BASE=$base"
   --build-arg "REVISION=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)")
 if [ -n "$links" ]; then
   options+=(--volume "$links:$links:ro" --build-arg "PIP_FIND_LINKS=$links")
 fi
-timed buildah bud -q "${options[@]}" -t localhost/medmamba:cpu . >"$scratch/build.log" 2>&1 ||
+timed buildah bud -q "${options[@]}" -t "localhost/medmamba:$target" . >"$scratch/build.log" 2>&1 ||
   { tail -n 40 "$scratch/build.log"; exit 1; }
-container=$(buildah from localhost/medmamba:cpu)
+container=$(buildah from "localhost/medmamba:$target")
 root=$(buildah mount "$container")
 echo "   $(du -sm "$root" | cut -f1) MiB unpacked, $(tar -C "$root" -cf - . | gzip -1 | wc -c | awk '{printf "%.0f", $1 / 2^20}') MiB packed"
 buildah inspect --format '   entry point {{.OCIv1.Config.Entrypoint}}, user {{.OCIv1.Config.User}}' "$container"
 
 say "what must not be inside"
-for tool in gcc g++ cc pip3; do
+unwanted=(g++ c++ pip3)
+if [ "$target" = cpu ]; then unwanted+=(gcc cc); fi
+for tool in "${unwanted[@]}"; do
   if [ -e "$root/usr/bin/$tool" ]; then echo "   $tool is in the image" >&2; exit 1; fi
 done
 [ -z "$(find "$root" -xdev -perm /6000 -type f)" ] || { echo "   setuid files are in the image" >&2; exit 1; }
-echo "   no compiler, no setuid file"
+echo "   no ${unwanted[*]}, no setuid file"
 
 mkdir -m 0777 "$scratch/out"
 chmod 0755 "$scratch"

@@ -1,0 +1,83 @@
+"""What clusters are given: files that parse, call commands that exist, follow the exit codes."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from medmamba.cli.app import app
+
+DOCKER = Path(__file__).resolve().parent.parent / "docker"
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+NOT_TO_BE_REPEATED = {2, 3, 7}
+ABOUT_CASES = {4, 5}
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((DOCKER / name).read_text())
+
+
+def understood(arguments: list[str]) -> None:
+    COMMANDS[arguments[0]].make_context("medmamba", list(arguments[1:]))
+
+
+def test_the_kubernetes_job_repeats_what_can_be_mended_by_that() -> None:
+    spec = load("k8s-job.yaml")["spec"]
+    assert spec["completionMode"] == "Indexed"
+    rules = spec["podFailurePolicy"]["rules"]
+    by_action = {
+        rule["action"]: set(rule["onExitCodes"]["values"])
+        for rule in rules
+        if "onExitCodes" in rule
+    }
+    assert by_action == {"FailJob": NOT_TO_BE_REPEATED, "FailIndex": ABOUT_CASES}
+    names = {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule}
+    assert names == {container["name"] for container in spec["template"]["spec"]["containers"]}
+    # Kubernetes accepts a job with these rules only if a pod is never restarted in place.
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_the_kubernetes_job_runs_hardened_and_shares_the_cases_out() -> None:
+    job = load("k8s-job.yaml")["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    arguments = [text.replace("$(JOB_COMPLETION_INDEX)", "0") for text in container["args"]]
+    understood(arguments)
+    assert arguments[arguments.index("--shard") + 1] == f"0/{job['completions']}"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_slurm_array_parses_and_calls_a_command_that_exists() -> None:
+    script = DOCKER / "slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    (line,) = re.findall(r"^exec medmamba (.*)$", script.read_text(), re.MULTILINE)
+    understood(shlex.split(line))
+
+
+@pytest.mark.parametrize("name", ["check.sh", "entrypoint.sh"])
+def test_scripts_of_the_image_parse(name: str) -> None:
+    subprocess.run(["bash", "-n", DOCKER / name], check=True)
+
+
+def test_the_image_ends_as_another_user_than_root() -> None:
+    stages = re.split(r"^FROM ", (DOCKER / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    last = {
+        stage.split()[2]: re.findall(r"^USER (\d+)", stage, re.MULTILINE)
+        for stage in stages
+        if " AS " in stage
+    }
+    assert last["runtime"][-1] == "10001"
+    assert last["cuda"][-1] == "10001"
+    assert last["cpu"] == []
