@@ -21,6 +21,8 @@ PAGES = sorted(
 )
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 QUICK = ("plain_unet",)  # the others are counted by the slow tests
+FOLDERS = "cli|docker|docs|kernels|medmamba|plans|tests"
+PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -29,6 +31,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    # my_net.py and the like are what a reader shall write.
+    named = [place for place in PLACE.findall(page.read_text()) if "/my_" not in place]
+    assert not [place for place in named if not (ROOT / place).exists()]
 
 
 def shown_commands() -> list[tuple[str, str, str]]:
