@@ -66,6 +66,10 @@ def compare(
     precision: Annotated[
         str, typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="Of training.")
     ] = "auto",
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", min=1, help="Runs at once, each on an equal share of the cores."),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Compare networks on one split with one budget and several seeds; the same command goes on.
@@ -92,6 +96,7 @@ def compare(
         max_time=parse_duration(max_time) if max_time else None,
         device=device,
         precision=precision,
+        jobs=jobs,
         command=shlex.join(["medmamba", *sys.argv[1:]]),
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )

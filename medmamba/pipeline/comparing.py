@@ -16,11 +16,11 @@ from medmamba.pipeline.contest import (
     Conditions,
     ContestResult,
     ContestRun,
-    read_result,
     run_apart,
     run_here,
 )
 from medmamba.pipeline.recipes import SHORT_BUDGET_S, short_recipe
+from medmamba.pipeline.side_by_side import processor_shares, run_contests
 from medmamba.pipeline.work import check_network_name, choose_configuration, open_work
 
 MIXERS: tuple[Mixer, ...] = get_args(Mixer)
@@ -97,6 +97,7 @@ def compare(
     max_time: float | None = None,
     device: str = "auto",
     precision: str = "auto",
+    jobs: int = 1,
     isolate: bool = True,
     command: str = "",
     on_message: Callable[[str], None] | None = None,
@@ -123,6 +124,7 @@ def compare(
         max_time: equal wall-clock seconds for all.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        jobs: runs at once, each on its own equal share of the processors.
         isolate: a process per run; False runs all in this one.
         command: shown in the report.
         on_message: called with what is done.
@@ -136,6 +138,7 @@ def compare(
 
     if max_time is not None and epochs is not None:
         raise UsageError("--max-time and --epochs exclude each other: give one of them.")
+    shares = processor_shares(jobs if isolate else 1)
     contestants = _contestants(networks, tuple(seeds), twins=twins)
     place = open_work(Path(work))
     first = contestants[0].network
@@ -152,7 +155,16 @@ def compare(
         precision=precision,
     )
     folder = require_writable_folder(Path(output))
-    done = _run_all(conditions, contestants, tuple(folds), folder, isolate, on_message)
+    runs = _list_runs(conditions, contestants, tuple(folds))
+    results = run_contests(runs, folder, shares, run_apart if isolate else run_here, on_message)
+    done = {
+        one.name: [
+            (run.fold, run.seed, result)
+            for (owner, run), result in zip(runs, results, strict=True)
+            if owner == one.name
+        ]
+        for one in contestants
+    }
     entries = tuple(_entry(one, done[one.name], tuple(folds)) for one in contestants)
     reference = entries[0]
     pairs = tuple(
@@ -268,42 +280,29 @@ def _recipe(contestants: Sequence[Contestant], max_time: float | None) -> str | 
     return "short" if short else "common"
 
 
-def _run_all(
-    conditions: Conditions,
-    contestants: Sequence[Contestant],
-    folds: tuple[int, ...],
-    folder: Path,
-    isolate: bool,
-    say: Callable[[str], None] | None,
-) -> dict[str, list[tuple[int, int, ContestResult]]]:
+def _list_runs(
+    conditions: Conditions, contestants: Sequence[Contestant], folds: tuple[int, ...]
+) -> list[tuple[str, ContestRun]]:
+    """(name of the contestant, run) in the order in which they are done."""
     # Seeds outermost: what changes on the machine meanwhile meets all networks alike.
     rounds = max(len(one.seeds) for one in contestants)
-    jobs = [
-        (one, fold, one.seeds[number])
+    return [
+        (
+            one.name,
+            ContestRun(
+                conditions=conditions,
+                network=one.network,
+                mixer=one.mixer,
+                fold=fold,
+                seed=one.seeds[number],
+                changes=one.changes,
+            ),
+        )
         for number in range(rounds)
         for fold in folds
         for one in contestants
         if number < len(one.seeds)
     ]
-    done: dict[str, list[tuple[int, int, ContestResult]]] = {one.name: [] for one in contestants}
-    for number, (one, fold, seed) in enumerate(jobs):
-        run = ContestRun(
-            conditions=conditions,
-            network=one.network,
-            mixer=one.mixer,
-            fold=fold,
-            seed=seed,
-            changes=one.changes,
-        )
-        place = folder / "runs" / f"{one.network}-{one.mixer}-fold{fold}-seed{seed}-{run.key}"
-        result = read_result(place, run.key)
-        if say is not None:
-            state = "is there" if result is not None else "starts"
-            say(f"run {number + 1}/{len(jobs)}: {one.name}, fold {fold}, seed {seed} {state}")
-        if result is None:
-            result = run_apart(run, place) if isolate else run_here(run, place)
-        done[one.name].append((fold, seed, result))
-    return done
 
 
 def _entry(
