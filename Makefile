@@ -83,8 +83,8 @@ container-lint: $(TOOLS)/bin/python ## hadolint over the Dockerfile, shellcheck 
 container-check: setup ## build and try the cpu image; as root on Debian, with MODEL=folder IMAGES=folder
 	docker/check.sh $(MODEL) $(IMAGES)
 
-bench-train-gpu: setup ## time training steps on this GPU: make bench-train-gpu PLANS=work/plans
-	$(BIN)/python plans/bench/train_gpu.py $(PLANS)
+bench-train-gpu: setup ## time training steps on this GPU: make bench-train-gpu WORK=work
+	$(BIN)/python plans/bench/train_gpu.py $(WORK) --train-seconds 60
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,14 +37,17 @@ def with_order(spec: NetworkSpec) -> NetworkSpec:
 
 
 def arrange(spec: NetworkSpec) -> NetworkSpec:
-    """Strides and kernels of the plan; VMamba-T's widths and depths, as many as it has stages."""
+    """Strides and kernels of the plan; VMamba-T's widths and depths, as many as it has stages.
+
+    The planner also asks about topologies too shallow to build, on its way to smaller patches.
+    """
     encoder = max(1, spec.stages - 2)
     widths = [min(WIDTHS[1] * 2**stage, WIDTHS[-1]) for stage in range(encoder)]
     depths = (DEPTHS + (FURTHER_DEPTH,) * encoder)[:encoder]
     return replace(
         with_order(spec),
-        features=(WIDTHS[0], *widths, widths[-1]),
-        encoder_blocks=(1, 1, *depths),
+        features=(WIDTHS[0], *widths, widths[-1])[: spec.stages],
+        encoder_blocks=(1, 1, *depths)[: spec.stages],
         decoder_blocks=(1,) * (spec.stages - 1),
     )
 

@@ -1,11 +1,14 @@
 """Measure training steps of planned networks on a GPU against what the planner expects of them.
 
-    python plans/bench/train_gpu.py PLANS_FOLDER [--json OUT.json] [--seconds 20]
+    python plans/bench/train_gpu.py WORK [--json OUT.json] [--seconds 20] [--train-seconds 60]
+        [--images FOLDER]
 
-PLANS_FOLDER holds plan files as ``medmamba plan`` writes them, one a network. For each: labels of
+WORK is a folder in which ``medmamba plan`` has planned one or several networks. For each: labels of
 one patch on the GPU against the CPU (float32), then steps on random patches under bfloat16 with
-time and peak memory, beside the planner's estimate, and some under float16. At last LightM-UNet at
-128x128x128, batch 1. No data is needed; nothing is learned.
+time and peak memory, beside the planner's estimate, and some under float16. Then LightM-UNet at
+128x128x128, batch 1. With ``--train-seconds`` each network is trained on fold 0 for so long, as
+``medmamba train`` does, and its validation cases are scored; with ``--images`` it then predicts
+those on the GPU and on the CPU, and the labels are compared.
 """
 
 import argparse
@@ -19,13 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import medmamba
+from medmamba.io import TRAINING_GATE, read_labels
 from medmamba.networks import NETWORKS, build_network
 from medmamba.networks.memory import training_memory_bytes
 from medmamba.networks.spec import NetworkSpec
+from medmamba.pipeline.validating import read_validation
 from medmamba.plans.nnunet_schema import load_plan
+from medmamba.training.progress import read_log
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sampling import Batch
 from medmamba.training.stepping import Stepper
+from medmamba.training.trainer import LOG
 
 CONFIGURATION = "3d_fullres"
 BIG_PATCH = (128, 128, 128)
@@ -129,6 +137,40 @@ def measure_big(path: Path) -> dict[str, Any]:
     return row
 
 
+def train(name: str, work: Path, seconds: float, images: Path | None) -> dict[str, Any]:
+    """Train on real data from nothing; Dice of whole validation cases, and both devices' masks."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    outcome = medmamba.train(work, network=name, fold=0, max_time=seconds, overwrite=True)
+    peak = torch.cuda.max_memory_allocated()
+    record = read_validation(outcome.run_folder)
+    rows = read_log(outcome.run_folder / LOG)
+    last = [row for row in rows if row["kind"] == "epoch"][-1]
+    row: dict[str, Any] = {"network": name, "train_s": last["elapsed_s"]}
+    row |= {"steps": last["iteration"], "peak_bytes": peak}
+    row["dice"] = None if record is None else record.dice
+    if images is not None:
+        row["labels_equal_gpu_cpu"] = compare_devices(outcome.model, images, outcome.run_folder)
+    return row
+
+
+def compare_devices(model: Path, images: Path, folder: Path) -> dict[str, float]:
+    """Share of voxels with the same label from ``predict`` on either device, case by case."""
+    for device in ("cuda", "cpu"):
+        medmamba.predict(
+            images, folder / f"masks_{device}", model, device=device, overwrite="always"
+        )
+    found = {}
+    for mask in sorted((folder / "masks_cuda").glob("*.nii.gz")):
+        other, _ = read_labels(folder / "masks_cpu" / mask.name, gate=TRAINING_GATE)
+        own, _ = read_labels(mask, gate=TRAINING_GATE)
+        foreground = (own.array > 0) | (other.array > 0)
+        equal = own.array == other.array
+        found[mask.name] = float(equal.mean())
+        found[f"{mask.name} foreground"] = float(equal[foreground].mean())
+    return found
+
+
 def attempt(work: Any, *values: Any) -> dict[str, Any]:
     """Run one measurement; a failure is a row too, so that the others still come."""
     try:
@@ -140,12 +182,14 @@ def attempt(work: Any, *values: Any) -> dict[str, Any]:
 def main() -> None:
     """Print a line a network, and write all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("plans", type=Path)
+    parser.add_argument("work", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--without-cpu", action="store_true", help="compare no labels")
+    parser.add_argument("--train-seconds", type=float, default=0.0)
+    parser.add_argument("--images", type=Path, help="of a few cases, to predict on both devices")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    paths = sorted(options.plans.glob("*.json"))
+    paths = sorted((options.work / "plans").glob("*.json"))
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     rows = []
     for path in paths:
@@ -154,8 +198,15 @@ def main() -> None:
     lightm = [path for path in paths if "lightm" in path.name]
     rows.append(attempt(measure_big, lightm[0] if lightm else paths[0]))
     print(json.dumps(rows[-1]), flush=True)
+    trained = []
+    for path in paths if options.train_seconds else ():
+        trained.append(
+            attempt(train, path.stem, options.work, options.train_seconds, options.images)
+        )
+        print(json.dumps(trained[-1]), flush=True)
     if options.json is not None:
         table = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        table["trained"] = trained
         options.json.write_text(json.dumps(table, indent=1))
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -17,9 +18,7 @@ PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
 
 def run_of(seed: int, tmp_path) -> tuple[str, ContestRun]:
     conditions = Conditions(work=tmp_path, configuration="3d_fullres", frame="plain_unet")
-    run = ContestRun(
-        conditions=conditions, network="plain_unet", mixer="mamba", fold=0, seed=seed
-    )
+    run = ContestRun(conditions=conditions, network="plain_unet", mixer="mamba", fold=0, seed=seed)
     return "plain", run
 
 
@@ -69,7 +68,10 @@ def test_a_finished_run_is_not_done_again_and_a_failed_one_ends_the_rest(tmp_pat
 
     def work(run: ContestRun, folder) -> ContestResult:
         begun.append(run.seed)
-        raise UsageError("broken")
+        if run.seed == 1:
+            raise UsageError("broken")
+        time.sleep(0.5)
+        return result_of(run, "new")
 
     with pytest.raises(UsageError, match="broken"):
         run_contests(runs, tmp_path, processor_shares(2), work, None)
