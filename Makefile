@@ -84,7 +84,7 @@ container-check: setup ## build and try the cpu image; as root on Debian, with M
 	docker/check.sh $(MODEL) $(IMAGES)
 
 bench-train-gpu: setup ## time training steps on this GPU: make bench-train-gpu WORK=work
-	$(BIN)/python plans/bench/train_gpu.py $(WORK) --train-seconds 60
+	$(BIN)/python plans/bench/train_gpu.py $(WORK) --big --train-seconds 60
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

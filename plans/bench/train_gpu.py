@@ -1,12 +1,12 @@
 """Measure training steps of planned networks on a GPU against what the planner expects of them.
 
     python plans/bench/train_gpu.py WORK [--json OUT.json] [--seconds 20] [--train-seconds 60]
-        [--images FOLDER]
+        [--big] [--images FOLDER]
 
 WORK is a folder in which ``medmamba plan`` has planned one or several networks. For each: labels of
 one patch on the GPU against the CPU (float32), then steps on random patches under bfloat16 with
-time and peak memory, beside the planner's estimate, and some under float16. Then LightM-UNet at
-128x128x128, batch 1. With ``--train-seconds`` each network is trained on fold 0 for so long, as
+time and peak memory, beside the planner's estimate, and some under float16. With ``--big`` the
+same for two samples of 128x128x128. With ``--train-seconds`` each network is trained on fold 0 for so long, as
 ``medmamba train`` does, and its validation cases are scored; with ``--images`` it then predicts
 those on the GPU and on the CPU, and the labels are compared.
 """
@@ -29,13 +29,14 @@ from medmamba.networks.memory import training_memory_bytes
 from medmamba.networks.spec import NetworkSpec
 from medmamba.pipeline.validating import read_validation
 from medmamba.plans.nnunet_schema import load_plan
+from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.training.progress import read_log
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sampling import Batch
 from medmamba.training.stepping import Stepper
 from medmamba.training.trainer import LOG
 
-CONFIGURATION = "3d_fullres"
+CONFIGURATIONS = ("3d_fullres", "2d")  # the first that a plan has
 BIG_PATCH = (128, 128, 128)
 WARMUP = 3
 CUDA = torch.device("cuda")
@@ -100,10 +101,15 @@ def agreement(spec: NetworkSpec) -> float:
     return (on_cpu == on_gpu).float().mean().item()
 
 
+def branch_of(plan: Plan) -> ConfigurationPlan:
+    """The configuration that is measured."""
+    return next(plan.configurations[c] for c in CONFIGURATIONS if c in plan.configurations)
+
+
 def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
     """Everything about one plan."""
     plan = load_plan(path)
-    branch = plan.configurations[CONFIGURATION]
+    branch = branch_of(plan)
     spec, recipe = branch.network, branch.training
     row: dict[str, Any] = {"network": spec.name, "patch": spec.patch_size}
     row["batch"] = recipe.batch_size
@@ -123,16 +129,14 @@ def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
 
 
 def measure_big(path: Path) -> dict[str, Any]:
-    """One sample of LightM-UNet as its paper has it, at the size that used not to fit."""
+    """Two samples of 128x128x128, the size at which LightM-UNet used not to fit."""
     plan = load_plan(path)
-    branch = plan.configurations[CONFIGURATION]
-    spec = NETWORKS["lightm_unet"].arrange(
-        replace(branch.network, name="lightm_unet", patch_size=BIG_PATCH)
-    )
-    row: dict[str, Any] = {"network": "lightm_unet", "patch": spec.patch_size, "batch": 1}
-    row["estimate_bytes"] = training_memory_bytes(spec, 1, bf16=True, optimizer_states=1)
-    for precision in ("bf16", "fp32"):
-        row[precision] = steps(spec, branch.training, plan.label_map, 1, precision, 5.0)
+    branch = branch_of(plan)
+    spec = NETWORKS[branch.network.name].arrange(replace(branch.network, patch_size=BIG_PATCH))
+    row: dict[str, Any] = {"network": spec.name, "patch": spec.patch_size, "batch": 2}
+    states = OPTIMIZER_STATES.get(branch.training.optimizer, 2)
+    row["estimate_bytes"] = training_memory_bytes(spec, 2, bf16=True, optimizer_states=states)
+    row["bf16"] = steps(spec, branch.training, plan.label_map, 2, "bf16", 3.0)
     row["estimate_over_peak"] = row["estimate_bytes"] / row["bf16"]["peak_bytes"]
     return row
 
@@ -187,6 +191,7 @@ def main() -> None:
     parser.add_argument("--without-cpu", action="store_true", help="compare no labels")
     parser.add_argument("--train-seconds", type=float, default=0.0)
     parser.add_argument("--images", type=Path, help="of a few cases, to predict on both devices")
+    parser.add_argument("--big", action="store_true", help="patches of 128x128x128 too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     paths = sorted((options.work / "plans").glob("*.json"))
@@ -195,9 +200,9 @@ def main() -> None:
     for path in paths:
         rows.append(attempt(measure, path, options.seconds, not options.without_cpu))
         print(json.dumps(rows[-1]), flush=True)
-    lightm = [path for path in paths if "lightm" in path.name]
-    rows.append(attempt(measure_big, lightm[0] if lightm else paths[0]))
-    print(json.dumps(rows[-1]), flush=True)
+    for path in paths if options.big else ():
+        rows.append(attempt(measure_big, path))
+        print(json.dumps(rows[-1]), flush=True)
     trained = []
     for path in paths if options.train_seconds else ():
         trained.append(
