@@ -24,8 +24,8 @@ def processor_shares(jobs: int) -> tuple[Share, ...]:
     if not hasattr(os, "sched_getaffinity"):
         raise UsageError(f"--jobs {jobs}: this system cannot divide its processors; use --jobs 1.")
     every = sorted(os.sched_getaffinity(0))
-    size = len(every) // jobs
-    if jobs < 1 or size < 1:
+    size = len(every) // jobs if jobs > 0 else 0
+    if size == 0:
         raise UsageError(f"--jobs {jobs}: from 1 to the {len(every)} processors there are.")
     return tuple(Share(every[at * size : (at + 1) * size]) for at in range(jobs))
 
