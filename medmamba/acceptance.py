@@ -19,6 +19,7 @@ from medmamba.files import RECORD_CONFIG
 from medmamba.labels import LabelMap
 from medmamba.plans.plan import ConfigurationPlan
 from medmamba.preprocessing.recipe import ChannelStatistics
+from medmamba.preprocessing.restore import restore_labels
 from medmamba.volume import Geometry, Volume
 
 if TYPE_CHECKING:
@@ -198,8 +199,9 @@ def _predict(
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
     predictor = _predictor(networks, configuration, label_map, previous)
     prepared = predictor.prepare(image)
-    logits = predictor.infer(prepared).logits
-    return predictor.restore(logits, prepared.record), logits.numpy().astype(np.float64)
+    logits = predictor.logits(prepared).numpy()
+    labels = restore_labels(logits, prepared.record, predictor.recipe, label_map)
+    return labels, logits.astype(np.float64)
 
 
 def _predictor(

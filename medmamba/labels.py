@@ -1,13 +1,16 @@
 """What label values mean: classes, overlapping regions, the ignore label (nnU-Net's rules)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from medmamba.errors import DatasetError
 from medmamba.files import RECORD_CONFIG
 
 IGNORE_NAME = "ignore"
 BACKGROUND_NAME = "background"
+
+FEWEST_CASES = 10
+"""Training cases below which their volumes do not tell what is usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,31 @@ class LabelMap:
         if self.has_regions:
             return len(self.foreground)
         return len(self.all_values) - (self.ignore_value is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualVolume:
+    """How large a label or region was in the cases that a model was trained on.
+
+    Args:
+        low_ml: 1st percentile.
+        high_ml: 99th percentile.
+        cases: how many there were.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    low_ml: float
+    high_ml: float
+    cases: int
+
+    def judge(self, volume_ml: float) -> Literal["low", "high"] | None:
+        """Say how a volume differs from what is usual; too few cases say nothing."""
+        if self.cases < FEWEST_CASES:
+            return None
+        if volume_ml < self.low_ml:
+            return "low"
+        return "high" if volume_ml > self.high_ml else None
 
 
 def _as_values(name: object, value: object) -> tuple[int, ...]:

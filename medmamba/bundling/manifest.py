@@ -7,6 +7,7 @@ from typing import Any
 from medmamba import __version__
 from medmamba.errors import BundleError, SecurityError
 from medmamba.files import RECORD_CONFIG, from_plain, read_json
+from medmamba.labels import UsualVolume
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -76,6 +77,7 @@ class Manifest:
         precision: in which the scores were measured.
         training: how the weights came to be.
         scores: Dice on validation cases, by label and fold.
+        usual_volumes: how large labels were in the training cases, by name.
         licence: of the weights.
     """
 
@@ -94,6 +96,7 @@ class Manifest:
     precision: str = "fp32"
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
+    usual_volumes: dict[str, UsualVolume] = field(default_factory=dict)
     plan: str = PLAN_FILE
     licence: str = "not stated"
     intended_use: str = INTENDED_USE

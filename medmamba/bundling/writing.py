@@ -26,6 +26,7 @@ from medmamba.bundling.reading import Bundle, build_loaded, load_bundle, require
 from medmamba.errors import BundleError, EnvironmentFault
 from medmamba.evaluation.palette import label_colors
 from medmamba.files import TEMPORARY_PREFIX, hash_file, sync_folder, to_json, write_atomic
+from medmamba.labels import UsualVolume
 from medmamba.plans.nnunet_schema import save_plan
 from medmamba.plans.plan import Plan
 
@@ -47,6 +48,7 @@ def save_bundle(
     scores: Mapping[str, Any] | None = None,
     postprocessing: Mapping[str, Any] | None = None,
     licence: str = "not stated",
+    usual_volumes: Mapping[str, UsualVolume] | None = None,
     reference_case: bool = True,
 ) -> Bundle:
     """Write a bundle so that ``folder`` is either the old one or the whole new one.
@@ -64,6 +66,7 @@ def save_bundle(
         scores: JSON values.
         postprocessing: content of a postprocessing.json; None for no postprocessing.
         licence: of the weights.
+        usual_volumes: of labels in the training cases.
         reference_case: predict a synthetic case, so that ``verify_bundle`` can repeat it.
 
     Raises:
@@ -101,6 +104,7 @@ def save_bundle(
             training=dict(training or {}),
             scores=dict(scores or {}),
             licence=licence,
+            usual_volumes=dict(usual_volumes or {}),
         )
         save_plan(scratch / PLAN_FILE, plan)
         _write_description(scratch, manifest, postprocessing)

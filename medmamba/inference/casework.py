@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medmamba.dataset import Case, load_case
 from medmamba.errors import GeometryError, InputError, MedMambaError
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest
-from medmamba.inference.job import CasePredictor, Job
+from medmamba.inference.job import CasePredictor, Job, Segmented
 from medmamba.inference.ledger import SEGMENTATION_SUFFIX, Ledger
 from medmamba.inference.records import (
     CaseError,
@@ -120,7 +120,6 @@ class CaseWork:
             return job
         with _Guard(self, job, "infer"), job.watch.time("infer"):
             assert job.prepared is not None
-            job.undo = job.prepared.record
             job.inferred = self._predictor.infer(
                 job.prepared, on_tiles=self._watch(job.case.id, drain)
             )
@@ -143,20 +142,20 @@ class CaseWork:
             return job
         with _Guard(self, job, "export"):
             assert job.inferred is not None
-            assert job.undo is not None
             assert job.header is not None
             with job.watch.time("restore"):
-                labels = self._predictor.restore(job.inferred.logits, job.undo)
-            self._commit(job, labels, job.header)
-        job.inferred = None
+                job.segmented = self._predictor.restore(job.inferred)
+            job.inferred = None
+            self._commit(job, job.segmented, job.header)
+        job.segmented = None
         return job
 
     def fail(self, job: Job, status: Status, error: CaseError) -> CommitRecord:
         """Record a case that has no mask."""
         return self._ledger.end(job, status, error)
 
-    def _commit(self, job: Job, labels: NDArray[Any], header: SourceHeader) -> None:
-        case = job.case
+    def _commit(self, job: Job, found: Segmented, header: SourceHeader) -> None:
+        case, labels = job.case, found.labels
         path = self._ledger.folder / f"{case.id}{mask_suffix(header)}"
         self._ledger.clear(case.id, keep=path.name)
         label_map = self._predictor.label_map
@@ -165,7 +164,9 @@ class CaseWork:
             segmentation = self._write_segmentation(case, stored, header)
             write_labels(path, labels, header, label_names=dict(label_map.foreground))
         output = describe_file(path)
-        statistics = describe_labels(stored, header.geometry, label_map)
+        statistics = describe_labels(
+            stored, header.geometry, label_map, found.confidence, found.usual
+        )
         job.record = self._ledger.record(
             job, output=output, segmentation=segmentation, labels=statistics
         )
@@ -224,6 +225,7 @@ class _Guard(AbstractContextManager[None]):
         status, code, message = self._judge(problem)
         self._job.prepared = None
         self._job.inferred = None
+        self._job.segmented = None
         error = CaseError(code=code, stage=self._stage, message=message)
         self._job.record = self._work.fail(self._job, status, error)
         return True

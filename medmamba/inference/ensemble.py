@@ -1,40 +1,24 @@
 """Several predictors as one: the mean of their probabilities on the grid of the raw image."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from medmamba.inference.predictor import PredictionSettings, Predictor
+from medmamba.inference.job import Segmented
+from medmamba.inference.predictor import Course, PredictionSettings, Predictor, segmented
+from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import TileProgress
-from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
-from medmamba.preprocessing.restore import labels_from_probabilities
+from medmamba.labels import UsualVolume
+from medmamba.preprocessing.pipeline import PreprocessedCase
+from medmamba.preprocessing.restore_mean import MeanStream
 from medmamba.volume import Volume
 
 Finish = Callable[[NDArray[Any]], NDArray[Any]]
 """What is done to the labels (D, H, W) of a case in the end: postprocessing."""
-
-
-@dataclass(frozen=True, eq=False)
-class MemberLogits:
-    """Logits of every member with the record of its working grid."""
-
-    parts: tuple[tuple[Any, UndoRecord], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all of them."""
-        return sum(int(logits.nbytes) for logits, _ in self.parts)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class InferredByMembers:
-    """What the members made of a case."""
-
-    logits: MemberLogits
-    fallbacks: tuple[str, ...] = ()
 
 
 class EnsemblePredictor:
@@ -43,12 +27,19 @@ class EnsemblePredictor:
     Args:
         members: one predictor per network; one alone is used as it is.
         finish: applied to the labels of every case; None for nothing.
+        usual: volumes of labels in the training cases.
     """
 
-    def __init__(self, members: Sequence[Predictor], finish: Finish | None = None) -> None:
+    def __init__(
+        self,
+        members: Sequence[Predictor],
+        finish: Finish | None = None,
+        usual: Mapping[str, UsualVolume] = MappingProxyType({}),
+    ) -> None:
         self.members = tuple(members)
         self.label_map = members[0].label_map
         self._finish = finish
+        self._usual = usual
 
     @property
     def settings(self) -> PredictionSettings:
@@ -85,40 +76,59 @@ class EnsemblePredictor:
 
     def infer(
         self, prepared: PreprocessedCase, *, on_tiles: TileProgress | None = None
-    ) -> InferredByMembers:
-        """Run the networks of every member.
+    ) -> Restoring[Segmented]:
+        """Run the networks of every member, and begin to make labels of what they say.
 
         Raises:
             EnvironmentFault: the device has too little memory.
             MedMambaError: logits are not finite.
         """
+        if len(self.members) == 1:
+            return self.members[0].infer(prepared, on_tiles=on_tiles)
+        course = Course()
         cases = (prepared, *prepared.siblings)
-        parts: list[tuple[Any, UndoRecord]] = []
-        fallbacks: list[str] = []
-        for member, case in zip(self.members, cases, strict=True):
-            found = member.infer(case, on_tiles=on_tiles)
-            parts.append((found.logits, case.record))
-            fallbacks += found.fallbacks
-        return InferredByMembers(
-            logits=MemberLogits(tuple(parts)), fallbacks=tuple(dict.fromkeys(fallbacks))
+        stream = MeanStream(
+            [case.record for case in cases],
+            [member.recipe for member in self.members],
+            self.label_map,
+            compat=self.settings.compat,
         )
+        steps = self._steps(cases, stream, course, on_tiles)
+        return restore_beside(steps, partial(segmented, stream, course), nbytes=stream.nbytes)
 
-    def restore(self, logits: MemberLogits, record: UndoRecord) -> NDArray[Any]:
-        """Turn the members' logits into labels (D, H, W) on the grid of the raw image."""
-        labels = self._labels(logits)
-        return labels if self._finish is None else self._finish(labels)
+    def restore(self, inferred: Restoring[Segmented]) -> Segmented:
+        """Wait for the labels (D, H, W) on the grid of the raw image."""
+        found = replace(inferred.result(), usual=self._usual)
+        return found if self._finish is None else replace(found, labels=self._finish(found.labels))
 
     def predict(self, image: Volume) -> NDArray[Any]:
         """Return the labels (D, H, W) of one image."""
-        prepared = self.prepare(image)
-        return self.restore(self.infer(prepared).logits, prepared.record)
+        return self.restore(self.infer(self.prepare(image))).labels
 
-    def _labels(self, logits: MemberLogits) -> NDArray[Any]:
-        if len(self.members) == 1:
-            return self.members[0].restore(*logits.parts[0])
-        total: NDArray[np.float32] | None = None
-        for member, (part, record) in zip(self.members, logits.parts, strict=True):
-            found = member.probabilities(part, record)
-            total = found if total is None else np.add(total, found, out=total)
-        assert total is not None
-        return labels_from_probabilities(total / len(self.members), self.label_map)
+    def _steps(
+        self,
+        cases: Sequence[PreprocessedCase],
+        stream: MeanStream,
+        course: Course,
+        on_tiles: TileProgress | None,
+    ) -> Iterator[Callable[[], None]]:
+        """Planes of the member that is behind, until all have given all of theirs."""
+        sources = [
+            member.planes(case, course, _shifted(on_tiles, index, len(cases)))
+            for index, (member, case) in enumerate(zip(self.members, cases, strict=True))
+        ]
+        remaining = [case.record.working_shape[0] for case in cases]
+        totals = tuple(remaining)
+        while any(remaining):
+            member = max(range(len(cases)), key=lambda at: remaining[at] / totals[at])
+            start, planes = next(sources[member])
+            remaining[member] -= planes.shape[1]
+            yield partial(stream.feed, member, start, planes.numpy())
+
+
+def _shifted(on_tiles: TileProgress | None, index: int, count: int) -> TileProgress | None:
+    """Progress of one member of several as progress of the whole."""
+    if on_tiles is None:
+        return None
+    report: TileProgress = on_tiles
+    return lambda done, total: report(index * total + done, count * total)

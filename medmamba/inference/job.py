@@ -1,7 +1,7 @@
 """A case on its way through prediction, and what the engine needs of a predictor. No torch."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,23 +9,39 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from medmamba.dataset import Case
-from medmamba.inference.records import CommitRecord, InputIdentity
+from medmamba.inference.records import CommitRecord, InputIdentity, TileCount
 from medmamba.io import SourceHeader
-from medmamba.labels import LabelMap
-from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
+from medmamba.labels import LabelMap, UsualVolume
+from medmamba.preprocessing.confidence import Confidence
+from medmamba.preprocessing.pipeline import PreprocessedCase
 from medmamba.volume import Volume
 
 
-class InferredLogits(Protocol):
-    """What a network made of a case."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segmented:
+    """What became of a case.
+
+    Args:
+        labels: (D, H, W) on the raw image's grid.
+        confidence: how sure the networks were, by label name.
+        usual: volumes of training cases, to judge the labels by.
+        fallbacks: what had to be done differently than asked for.
+        tiles: how many the networks saw, and how many of these were taken from an equal one.
+    """
+
+    labels: NDArray[Any]
+    confidence: Mapping[str, Confidence] = field(default_factory=dict)
+    usual: Mapping[str, UsualVolume] = field(default_factory=dict)
+    fallbacks: tuple[str, ...] = ()
+    tiles: TileCount = field(default_factory=TileCount)
+
+
+class Inferred(Protocol):
+    """A case that the networks are done with, while its labels may still be in the making."""
 
     @property
-    def logits(self) -> Any:
-        """(K, d, h, w) on the working grid, on the CPU."""
-
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """What had to be done differently than asked for."""
+    def nbytes(self) -> int:
+        """Memory that it holds."""
 
 
 class CasePredictor(Protocol):
@@ -52,11 +68,11 @@ class CasePredictor(Protocol):
 
     def infer(
         self, prepared: PreprocessedCase, *, on_tiles: Callable[[int, int], None] | None = None
-    ) -> InferredLogits:
+    ) -> Inferred:
         """Run the networks."""
 
-    def restore(self, logits: Any, record: UndoRecord) -> NDArray[Any]:
-        """Turn logits into labels (D, H, W) on the raw image's grid."""
+    def restore(self, inferred: Any) -> Segmented:
+        """Wait for the labels on the raw image's grid."""
 
 
 class Stopwatch:
@@ -86,8 +102,8 @@ class Job:
     key: str = ""
     header: SourceHeader | None = None
     prepared: PreprocessedCase | None = None
-    undo: UndoRecord | None = None
-    inferred: InferredLogits | None = None
+    inferred: Inferred | None = None
+    segmented: Segmented | None = None
     record: CommitRecord | None = None
     short_of_memory: bool = False
     abandoned: bool = False
@@ -101,5 +117,4 @@ class Job:
     def memory_bytes(self) -> int:
         """Memory of the arrays that the job holds."""
         prepared = 0 if self.prepared is None else self.prepared.data.nbytes
-        logits = 0 if self.inferred is None else int(self.inferred.logits.nbytes)
-        return prepared + logits
+        return prepared + (0 if self.inferred is None else self.inferred.nbytes)

@@ -41,6 +41,11 @@ SUMMARY_COLUMNS = (
     "volume_ml",
     "n_components",
     "touches_border",
+    "volume_flag",
+    "usual_low_ml",
+    "usual_high_ml",
+    "mean_probability",
+    "mean_entropy",
 )
 
 
@@ -189,7 +194,8 @@ def summary_rows(records: Sequence[CommitRecord]) -> list[list[object]]:
     for record in records:
         code = record.error.code if record.error else ""
         if not record.labels:
-            rows.append([record.case_id, record.status, code, "", None, None, None, None])
+            missing = [None] * (len(SUMMARY_COLUMNS) - 4)
+            rows.append([record.case_id, record.status, code, "", *missing])
         rows += [
             [
                 record.case_id,
@@ -200,6 +206,10 @@ def summary_rows(records: Sequence[CommitRecord]) -> list[list[object]]:
                 round(item.volume_ml, 6),
                 item.n_components,
                 item.touches_border,
+                item.volume_flag,
+                *([item.usual.low_ml, item.usual.high_ml] if item.usual else [None, None]),
+                item.confidence and item.confidence.mean_probability,
+                item.confidence and item.confidence.mean_entropy,
             ]
             for item in record.labels
         ]

@@ -20,6 +20,7 @@ from medmamba.inference.records import (
     ModelIdentity,
     OutputFile,
     Status,
+    TileCount,
     read_record,
     redacted,
     still_holds,
@@ -122,7 +123,8 @@ class Ledger:
             model=self.model,
             parameters=self.parameters,
             numerics=self._numerics,
-            fallbacks=() if job.inferred is None else job.inferred.fallbacks,
+            fallbacks=() if job.segmented is None else job.segmented.fallbacks,
+            tiles=TileCount() if job.segmented is None else job.segmented.tiles,
             labels=labels,
             output=output,
             segmentation=segmentation,
@@ -156,8 +158,8 @@ def peak_memory_bytes() -> int:
 def _warnings(job: Job, labels: tuple[LabelStatistics, ...]) -> tuple[str, ...]:
     known = () if job.header is None else job.header.warnings
     warnings = [text for text in known if text.startswith("W_")]
-    if job.inferred is not None:
-        warnings += [f"W_FALLBACK: {text}" for text in job.inferred.fallbacks]
+    if job.segmented is not None:
+        warnings += [f"W_FALLBACK: {text}" for text in job.segmented.fallbacks]
     if labels and not any(item.voxels for item in labels):
         warnings.append("W_MASK_EMPTY: the networks found no label anywhere")
     return tuple(warnings)

@@ -5,22 +5,31 @@ precision, flips. What it does when memory runs out is the ladder of ``_LADDER``
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medmamba.errors import EnvironmentFault, MedMambaError
-from medmamba.inference.sliding_window import TileProgress, predict_logits, tile_batch_size
+from medmamba.inference.job import Segmented
+from medmamba.inference.records import TileCount
+from medmamba.inference.restoring import Restoring, restore_beside
+from medmamba.inference.sliding_window import (
+    PlaneStream,
+    TileProgress,
+    TileSource,
+    tile_batch_size,
+)
 from medmamba.labels import LabelMap
+from medmamba.preprocessing.confidence import Confidence
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
-from medmamba.preprocessing.previous import labels_on_working_grid, one_hot
+from medmamba.preprocessing.previous import labels_on_working_grid
 from medmamba.preprocessing.recipe import PreprocessingRecipe
-from medmamba.preprocessing.restore import restore_labels, restore_probabilities
+from medmamba.preprocessing.restore import LabelStream
 from medmamba.volume import Grid, Volume
 
 logger = logging.getLogger(__name__)
@@ -38,6 +47,7 @@ class PredictionSettings:
         mirror_axes: axes of the patch whose flips are averaged; empty for none.
         step: largest distance of neighbouring tiles, in patches.
         compat: round as nnU-Net does (fp16 sums and logits).
+        reuse_constant: compute tiles of one single value, such as air, once per value.
         features: channels at the highest resolution, from which the tile batch follows.
     """
 
@@ -46,6 +56,7 @@ class PredictionSettings:
     mirror_axes: tuple[int, ...] = ()
     step: float = 0.5
     compat: bool = False
+    reuse_constant: bool = True
     features: int = 32
 
 
@@ -65,17 +76,42 @@ _LADDER = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Inferred:
-    """Logits of a case on the working grid.
+@dataclass
+class Course:
+    """What happened while networks ran.
 
     Args:
-        logits: (K, d, h, w) on the CPU.
         fallbacks: what had to be done differently than settings say.
+        tiles: of all networks that did not see the same ones.
     """
 
-    logits: Tensor
     fallbacks: tuple[str, ...] = ()
+    tiles: TileCount = field(default_factory=TileCount)
+
+    def note(self, fallback: str) -> None:
+        """Add a fallback, once."""
+        self.fallbacks = tuple(dict.fromkeys((*self.fallbacks, fallback)))
+
+
+class _Stream(Protocol):
+    """``restore.LabelStream`` or ``restore_mean.MeanStream``."""
+
+    def finish(self) -> NDArray[Any]:
+        """Return the labels."""
+
+    @property
+    def confidence(self) -> dict[str, Confidence]:
+        """By label name."""
+
+
+def segmented(stream: _Stream, course: Course) -> Segmented:
+    """Put together what a case became."""
+    return Segmented(
+        labels=stream.finish(),
+        confidence=stream.confidence,
+        fallbacks=course.fallbacks,
+        tiles=course.tiles,
+    )
 
 
 class Predictor:
@@ -103,7 +139,7 @@ class Predictor:
         self._previous = previous
         self._networks = [network.to(settings.device).eval() for network in networks]
         self._grid = grid
-        self._recipe = preprocessing
+        self.recipe = preprocessing
         self.label_map = label_map
         self.settings = settings
         self.tile_batch = tile_batch_size(
@@ -116,7 +152,7 @@ class Predictor:
     @property
     def channels(self) -> int:
         """Image channels a case must have."""
-        return len(self._recipe.channels)
+        return len(self.recipe.channels)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
@@ -132,6 +168,7 @@ class Predictor:
             "mirror_axes": list(settings.mirror_axes),
             "step": settings.step,
             "compat": settings.compat,
+            "reuse_constant": settings.reuse_constant,
             "tile_batch": self.tile_batch,
             "patch_size": list(self._grid.patch_size),
             "spacing_mm": list(self._grid.spacing_mm),
@@ -154,115 +191,151 @@ class Predictor:
     def prepare(self, image: Volume) -> PreprocessedCase:
         """Bring an image to the working grid."""
         prepared = preprocess_case(
-            image, None, grid=self._grid, recipe=self._recipe, label_map=self.label_map
+            image, None, grid=self._grid, recipe=self.recipe, label_map=self.label_map
         )
         if self._previous is None:
             return prepared
         return replace(prepared, coarse=self._previous.prepare(image))
 
-    @torch.inference_mode()
-    def infer(
-        self, prepared: PreprocessedCase, *, on_tiles: TileProgress | None = None
-    ) -> Inferred:
+    def planes(
+        self, prepared: PreprocessedCase, course: Course, on_tiles: TileProgress | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Run the networks, those of a cascade's first stage before them.
+
+        Yields:
+            Ascending (first plane, planes (K, n, h, w)) of logits on the working grid, float32 on
+            the CPU.
 
         Raises:
             EnvironmentFault: the device has too little memory even for the smallest step.
             MedMambaError: logits are not finite, in float32 neither.
         """
-        if self._previous is None:
-            return self._infer(prepared.data, on_tiles)
-        assert prepared.coarse is not None
-        first = self._previous.infer(prepared.coarse)
-        labels = self._previous.restore(first.logits, prepared.coarse.record)
-        coarse = labels_on_working_grid(labels, prepared.record, self._recipe)
-        channels = one_hot(coarse, self.label_map.foreground_values)
-        found = self._infer(np.concatenate([prepared.data, channels]), on_tiles)
-        return replace(found, fallbacks=(*first.fallbacks, *found.fallbacks))
-
-    def _infer(self, data: NDArray[np.float32], on_tiles: TileProgress | None) -> Inferred:
-        image = torch.from_numpy(np.ascontiguousarray(data))
-        found = self._climb(image, self.settings.precision, on_tiles)
-        if bool(torch.isfinite(found.logits).all()):
-            return found
-        if self.settings.precision != "fp32":
-            logger.warning(
-                "logits are not finite in %s; repeating in fp32", self.settings.precision
-            )
-            again = self._climb(image, "fp32", on_tiles)
-            if bool(torch.isfinite(again.logits).all()):
-                return Inferred(
-                    logits=again.logits, fallbacks=(*again.fallbacks, "repeated in fp32")
+        source = self._source(prepared, course)
+        reached, precision = 0, self.settings.precision
+        while True:
+            for start, planes in self._climb(source, precision, reached, course, on_tiles):
+                if not bool(torch.isfinite(planes).all()):
+                    break
+                reached = start + planes.shape[1]
+                yield start, planes.float()
+            else:
+                return
+            if precision == "fp32":
+                raise MedMambaError(
+                    "the network's output is not finite. The weights or the image's intensities "
+                    "are unusable; check the image's intensities against those of the training "
+                    "data.",
+                    code="E_NUM_NONFINITE",
                 )
-        raise MedMambaError(
-            "the network's output is not finite. The weights or the image's intensities are "
-            "unusable; check the image's intensities against those of the training data.",
-            code="E_NUM_NONFINITE",
-        )
+            logger.warning("logits are not finite in %s; repeating in fp32", precision)
+            course.note("repeated in fp32")
+            precision = "fp32"
 
-    def restore(self, logits: Tensor, record: UndoRecord) -> NDArray[Any]:
-        """Turn logits into labels (D, H, W) on the grid of the raw image."""
-        return restore_labels(
-            logits, record, self._recipe, self.label_map, compat=self.settings.compat
-        )
+    def logits(self, prepared: PreprocessedCase) -> Tensor:
+        """Return the logits (K, d, h, w) of a whole case on the working grid."""
+        return torch.cat([planes for _, planes in self.planes(prepared, Course())], dim=1)
 
-    def probabilities(self, logits: Tensor, record: UndoRecord) -> NDArray[np.float32]:
-        """Turn logits into probabilities (K, D, H, W) on the grid of the raw image."""
-        return restore_probabilities(
-            logits, record, self._recipe, self.label_map, compat=self.settings.compat
+    def infer(
+        self,
+        prepared: PreprocessedCase,
+        *,
+        onto: UndoRecord | None = None,
+        on_tiles: TileProgress | None = None,
+    ) -> Restoring[Segmented]:
+        """Run the networks, and begin to make labels of what they say.
+
+        Args:
+            prepared: the case.
+            onto: the grid of the labels; the raw image's when omitted.
+            on_tiles: progress; may raise to abandon the case.
+
+        Raises:
+            EnvironmentFault, MedMambaError: as of `planes`.
+        """
+        course = Course()
+        stream = LabelStream(
+            onto or prepared.record, self.recipe, self.label_map, compat=self.settings.compat
         )
+        steps = (
+            partial(stream.feed, start, planes.numpy())
+            for start, planes in self.planes(prepared, course, on_tiles)
+        )
+        return restore_beside(steps, partial(segmented, stream, course), nbytes=stream.nbytes)
+
+    def restore(self, inferred: Restoring[Segmented]) -> Segmented:
+        """Wait for the labels (D, H, W)."""
+        return inferred.result()
 
     def predict(self, image: Volume) -> NDArray[Any]:
         """Return the labels (D, H, W) of one image."""
-        prepared = self.prepare(image)
-        return self.restore(self.infer(prepared).logits, prepared.record)
+        return self.restore(self.infer(self.prepare(image))).labels
 
-    def _climb(self, image: Tensor, precision: str, on_tiles: TileProgress | None) -> Inferred:
+    def _source(self, prepared: PreprocessedCase, course: Course) -> TileSource:
+        image = torch.from_numpy(prepared.data)
+        if self._previous is None:
+            return TileSource(image=image)
+        assert prepared.coarse is not None
+        first = self._previous.restore(self._previous.infer(prepared.coarse))
+        for fallback in first.fallbacks:
+            course.note(fallback)
+        course.tiles += first.tiles
+        coarse = labels_on_working_grid(first.labels, prepared.record, self.recipe)
+        return TileSource(
+            image=image,
+            labels=torch.from_numpy(coarse),
+            values=self.label_map.foreground_values,
+        )
+
+    def _climb(
+        self,
+        source: TileSource,
+        precision: str,
+        reached: int,
+        course: Course,
+        on_tiles: TileProgress | None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Planes from ``reached`` on, with less and less memory: the same numbers on every rung."""
         for rung in _LADDER:
+            stream = self._stream(source, precision, rung, on_tiles)
             try:
-                logits = self._mean_logits(image, precision, rung, on_tiles)
+                for start, planes in stream:
+                    fresh = planes[:, max(0, reached - start) :]
+                    if fresh.shape[1]:
+                        reached = start + planes.shape[1]
+                        yield reached - fresh.shape[1], fresh.to("cpu")
             except torch.OutOfMemoryError:
                 logger.warning(
                     "out of memory on %s (%s)", self.settings.device, rung.name or "plain"
                 )
                 continue
-            return Inferred(logits=logits, fallbacks=(rung.name,) if rung.name else ())
+            if rung.name:
+                course.note(rung.name)
+            course.tiles += TileCount(total=stream.tiles, reused=stream.reused)
+            return
         raise EnvironmentFault(
             f"device {self.settings.device}: too little memory for one patch of "
             f"{self._grid.patch_size}. Use a device with more memory, or the CPU.",
             code="E_MEM_GPU",
         )
 
-    def _mean_logits(
-        self, image: Tensor, precision: str, rung: _Rung, on_tiles: TileProgress | None
-    ) -> Tensor:
+    def _stream(
+        self, source: TileSource, precision: str, rung: _Rung, on_tiles: TileProgress | None
+    ) -> PlaneStream:
         settings = self.settings
-        total: Tensor | None = None
-        for index, network in enumerate(self._networks):
-            logits = predict_logits(
-                network,
-                image,
-                patch_size=self._grid.patch_size,
-                mirror_axes=settings.mirror_axes,
-                step=settings.step,
-                tile_batch=1 if rung.single else self.tile_batch,
-                compat=settings.compat,
-                autocast=AUTOCAST[precision],
-                device=settings.device,
-                accumulate_on=torch.device("cpu") if rung.accumulate_on_host else settings.device,
-                on_tiles=_shifted(on_tiles, index, len(self._networks)),
-            ).to("cpu")
-            total = logits if total is None else total.add_(logits)
-        assert total is not None
-        return total.div_(len(self._networks)) if len(self._networks) > 1 else total
-
-
-def _shifted(on_tiles: TileProgress | None, index: int, count: int) -> TileProgress | None:
-    """Progress of one network of several as progress of the whole."""
-    if on_tiles is None:
-        return None
-    report: Callable[[int, int], None] = on_tiles
-    return lambda done, total: report(index * total + done, count * total)
+        return PlaneStream(
+            self._networks,
+            source,
+            patch_size=self._grid.patch_size,
+            mirror_axes=settings.mirror_axes,
+            step=settings.step,
+            tile_batch=1 if rung.single else self.tile_batch,
+            compat=settings.compat,
+            autocast=AUTOCAST[precision],
+            device=settings.device,
+            accumulate_on=torch.device("cpu") if rung.accumulate_on_host else settings.device,
+            on_tiles=on_tiles,
+            reuse_constant=settings.reuse_constant,
+        )
 
 
 def _device_memory(device: torch.device) -> int | None:

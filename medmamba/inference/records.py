@@ -5,8 +5,10 @@ holds is decided by content (hashes), never by time. No torch.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +19,8 @@ from medmamba import __version__
 from medmamba.errors import InputError, MedMambaError
 from medmamba.files import RECORD_CONFIG, from_plain, hash_file, hash_values, read_json
 from medmamba.io import content_hash
-from medmamba.labels import LabelMap
+from medmamba.labels import LabelMap, UsualVolume
+from medmamba.preprocessing.confidence import Confidence
 from medmamba.volume import Geometry
 
 RECORD_VERSION = 1
@@ -64,6 +67,24 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TileCount:
+    """How many tiles networks saw.
+
+    Args:
+        total: tiles of a case, for every network that tiles it in its own way.
+        reused: of these, not computed because a tile of the same single value had been.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    total: int = 0
+    reused: int = 0
+
+    def __add__(self, other: "TileCount") -> "TileCount":
+        return TileCount(total=self.total + other.total, reused=self.reused + other.reused)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelStatistics:
     """Size and place of one label or region in a mask.
 
@@ -71,6 +92,9 @@ class LabelStatistics:
         box: half-open index ranges along (D, H, W); None where the label is absent.
         touches_border: whether the structure may go on outside the image.
         n_components: parts that do not touch, not even by a corner.
+        confidence: how sure the networks were; None where the label is absent.
+        usual: how large it was in training cases; None where the model does not say.
+        volume_flag: ``low`` or ``high`` where the volume is not usual.
     """
 
     __pydantic_config__ = RECORD_CONFIG
@@ -82,6 +106,9 @@ class LabelStatistics:
     n_components: int
     touches_border: bool
     box: tuple[tuple[int, int], ...] | None
+    confidence: Confidence | None = None
+    usual: UsualVolume | None = None
+    volume_flag: Literal["low", "high"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +138,7 @@ class CommitRecord:
         parameters: everything that decides which labels come out.
         numerics: what computed, as far as it may show in the last digits.
         fallbacks: what had to be done differently than asked for, such as less memory.
+        tiles: how many the networks saw, and how many needed no computation.
         labels: per label and region.
         output: the mask; None without one.
         segmentation: the same as a DICOM object; None unless the input is DICOM.
@@ -133,6 +161,7 @@ class CommitRecord:
     parameters: dict[str, Any] = field(default_factory=dict)
     numerics: dict[str, Any] = field(default_factory=dict)
     fallbacks: tuple[str, ...] = ()
+    tiles: TileCount = TileCount()
     labels: tuple[LabelStatistics, ...] = ()
     output: OutputFile | None = None
     segmentation: OutputFile | None = None
@@ -210,9 +239,21 @@ def describe_file(path: Path) -> OutputFile:
 
 
 def describe_labels(
-    labels: NDArray[np.integer[Any]], geometry: Geometry, label_map: LabelMap
+    labels: NDArray[np.integer[Any]],
+    geometry: Geometry,
+    label_map: LabelMap,
+    confidence: Mapping[str, Confidence] = MappingProxyType({}),
+    usual: Mapping[str, UsualVolume] = MappingProxyType({}),
 ) -> tuple[LabelStatistics, ...]:
-    """Measure every label and region of a mask (D, H, W)."""
+    """Measure every label and region of a mask (D, H, W).
+
+    Args:
+        labels: the mask.
+        geometry: its grid.
+        label_map: the labels.
+        confidence: of the networks, by label name.
+        usual: volumes to compare with, by label name.
+    """
     boxes = find_objects(labels.astype(np.int32, copy=False))
     measured = []
     for name, values in label_map.foreground.items():
@@ -220,15 +261,19 @@ def describe_labels(
         box = _joined([member for member in members if member is not None])
         mask = None if box is None else np.isin(labels[box], values)
         voxels = 0 if mask is None else int(np.count_nonzero(mask))
+        volume_ml = voxels * geometry.voxel_volume_ml
         measured.append(
             LabelStatistics(
                 name=name,
                 values=values,
                 voxels=voxels,
-                volume_ml=voxels * geometry.voxel_volume_ml,
+                volume_ml=volume_ml,
                 n_components=0 if mask is None else int(label(mask, FULL_CONNECTIVITY)[1]),
                 touches_border=box is not None and _touches(box, labels.shape),
                 box=None if box is None else tuple((part.start, part.stop) for part in box),
+                confidence=confidence.get(name),
+                usual=usual.get(name),
+                volume_flag=usual[name].judge(volume_ml) if name in usual else None,
             )
         )
     return tuple(measured)

@@ -7,9 +7,12 @@ Shapes: C image channels, K network outputs, (d, h, w) the working grid, P flips
 or (d', h', w') the patch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,9 @@ CUDA_MEMORY_SHARE = 0.5
 """Share of the device's memory that tile batches may fill; the rest holds the accumulators."""
 
 MAX_TILE_BATCH = 64
+
+MOST_CONSTANT_TILES = 4
+"""Values, such as that of air, whose tiles are remembered; each takes the logits of one tile."""
 
 
 def tile_batch_size(
@@ -58,65 +64,223 @@ def tile_batch_size(
     return max(1, min(MAX_TILE_BATCH, int(memory_bytes * CUDA_MEMORY_SHARE) // per_input))
 
 
-def predict_logits(
-    network: nn.Module,
-    image: Tensor,
-    *,
-    patch_size: tuple[int, ...],
-    mirror_axes: tuple[int, ...] = (),
-    step: float = 0.5,
-    tile_batch: int = 1,
-    compat: bool = False,
-    autocast: torch.dtype | None = None,
-    device: torch.device | None = None,
-    accumulate_on: torch.device | None = None,
-    on_tiles: TileProgress | None = None,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TileSource:
+    """The image that tiles are cut from, with labels of an earlier network as further channels.
+
+    Labels become one channel per value in each tile alone, or they would take many times the
+    memory of the image.
+
+    Args:
+        image: (C, d, h, w) float32.
+        labels: (d, h, w) integers; None for no further channels.
+        values: of labels that get a channel, in order.
+    """
+
+    image: Tensor
+    labels: Tensor | None = None
+    values: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels (d, h, w)."""
+        return tuple(self.image.shape[1:])
+
+    def cut(
+        self,
+        origin: tuple[int, ...],
+        patch_size: tuple[int, ...],
+        padding: tuple[tuple[int, int], ...],
+    ) -> Tensor:
+        """Return one tile (C, *patch), zeros where it reaches over a smaller image."""
+        extra = len(origin) - len(patch_size)
+        at: list[int | slice] = list(origin[:extra])
+        edges: list[int] = []
+        for start, patch, size, (before, _) in zip(
+            origin[extra:], patch_size, self.shape[extra:], padding[extra:], strict=True
+        ):
+            low, high = start - before, start - before + patch
+            at.append(slice(max(0, low), min(size, high)))
+            edges = [max(0, -low), max(0, high - size), *edges]
+        tile = self.image[(slice(None), *at)]
+        if self.labels is not None:
+            found = self.labels[tuple(at)]
+            channels = [(found == value).to(tile.dtype) for value in self.values]
+            tile = torch.cat([tile, torch.stack(channels)])
+        return functional.pad(tile, edges) if any(edges) else tile
+
+
+def predict_logits(network: nn.Module, image: Tensor, **options: Any) -> Tensor:
     """Return the logits of a whole image, (K, d, h, w), float32 (fp16 in compat mode).
 
     Args:
-        network: in evaluation mode, on ``device``.
+        network: in evaluation mode, on the device.
         image: (C, d, h, w) float32.
-        patch_size: two sizes for a network that sees slices, else three.
+        options: those of `PlaneStream`.
+    """
+    stream = PlaneStream([network], TileSource(image=image), **options)
+    return torch.cat([planes for _, planes in stream], dim=1)
+
+
+class PlaneStream:
+    """Mean logits of an image from its first plane to its last, handed out as they become final.
+
+    Iterating gives ascending (first plane, planes (K, n, h, w)); float32, or fp16 in compat mode.
+    Memory does not grow with the length of the image: what is summed up is as deep as one tile.
+
+    Args:
+        networks: in evaluation mode, on ``device``; their logits are averaged.
+        source: the image.
+        patch_size: two sizes for networks that see slices, else three.
         mirror_axes: axes of the patch whose flips are averaged.
         step: largest distance of neighbouring tiles, in patches.
         tile_batch: inputs (tiles times flips) per forward pass.
         compat: accumulate in fp16 in nnU-Net's order of operations, to the same labels.
         autocast: reduced precision of the forward passes; accumulation stays float32.
-        device: where the network is; that of the image when omitted.
+        device: where the networks are; that of the image when omitted.
         accumulate_on: where the result is summed; the device when omitted.
         on_tiles: progress.
+        reuse_constant: compute tiles of one single value (air, outside) once per value.
+
+    Attributes:
+        tiles: how many there are.
+        reused: how many of them were not computed because an equal one had been.
     """
-    device = device or image.device
-    padding = padding_to(tuple(image.shape[1:]), patch_size)
-    edges = [edge for pair in reversed(padding) for edge in pair]
-    padded = functional.pad(image, edges) if any(edges) else image
-    shape = tuple(padded.shape[1:])
-    origins = tile_origins(shape, patch_size, step)
-    flips = flip_sets(mirror_axes)
-    per_pass = max(1, tile_batch // len(flips))
-    dtype = torch.float16 if compat else torch.float32
-    sums = _Accumulator(shape, patch_size, dtype=dtype, device=accumulate_on or device)
-    with torch.inference_mode(), _precision(device, autocast):
-        for first in range(0, len(origins), per_pass):
-            chosen = origins[first : first + per_pass]
-            tiles = torch.stack([_cut(padded, at, patch_size) for at in chosen])
-            logits = _mirrored(network, tiles.to(device), flips, batch=tile_batch, half=compat)
-            for origin, tile in zip(chosen, logits, strict=True):
-                sums.add(origin, tile)
-            if on_tiles is not None:
-                on_tiles(first + len(chosen), len(origins))
-        result = sums.mean()
-    starts = [before for before, _ in padding]
-    inner = [slice(low, low + size) for low, size in zip(starts, image.shape[1:], strict=True)]
-    return result[(slice(None), *inner)]
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        source: TileSource,
+        *,
+        patch_size: tuple[int, ...],
+        mirror_axes: tuple[int, ...] = (),
+        step: float = 0.5,
+        tile_batch: int = 1,
+        compat: bool = False,
+        autocast: torch.dtype | None = None,
+        device: torch.device | None = None,
+        accumulate_on: torch.device | None = None,
+        on_tiles: TileProgress | None = None,
+        reuse_constant: bool = True,
+    ) -> None:
+        self._source = source
+        self._patch = patch_size
+        self._padding = padding_to(source.shape, patch_size)
+        self._shape = tuple(
+            size + sum(pair) for size, pair in zip(source.shape, self._padding, strict=True)
+        )
+        self._device = device or source.image.device
+        self._origins = tile_origins(self._shape, patch_size, step)
+        flips = flip_sets(mirror_axes)
+        self._per_pass = max(1, tile_batch // len(flips))
+        self._run = partial(_outputs, networks, flips=flips, batch=tile_batch, half=compat)
+        self._autocast = autocast
+        self._on_tiles = on_tiles
+        self._reuse = reuse_constant
+        # nnU-Net rounds each network's mean before it averages networks.
+        self._sums = [
+            _Accumulator(
+                self._shape,
+                patch_size,
+                dtype=torch.float16 if compat else torch.float32,
+                device=accumulate_on or self._device,
+            )
+            for _ in range(len(networks) if compat else 1)
+        ]
+        self._constant: dict[bytes, list[Tensor]] = {}
+        self._done = 0
+        self.tiles = len(self._origins)
+        self.reused = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, self.tiles, self._per_pass):
+            chosen = self._origins[first : first + self._per_pass]
+            outputs = self._logits(chosen)
+            for origin, tiles in zip(chosen, outputs, strict=True):
+                yield from self._advance(origin[0])
+                for sums, tile in zip(self._sums, tiles, strict=True):
+                    sums.add(origin, tile)
+            if self._on_tiles is not None:
+                self._on_tiles(first + len(chosen), self.tiles)
+        yield from self._advance(self._shape[0])
+
+    # Without gradients step by step: a generator must not leave a mode behind where it pauses.
+    @torch.inference_mode()
+    def _logits(self, origins: Sequence[tuple[int, ...]]) -> list[list[Tensor]]:
+        """Per tile the logits to add up, one per accumulator."""
+        tiles = [self._source.cut(origin, self._patch, self._padding) for origin in origins]
+        keys = [_constant_key(tile) if self._reuse else None for tile in tiles]
+        known = [None if key is None else self._constant.get(key) for key in keys]
+        fresh = [tile for tile, found in zip(tiles, known, strict=True) if found is None]
+        self.reused += len(tiles) - len(fresh)
+        computed: Iterator[list[Tensor]] = iter(())
+        if fresh:
+            with _precision(self._device, self._autocast):
+                computed = iter(self._run(torch.stack(fresh).to(self._device)))
+        outputs = []
+        for key, found in zip(keys, known, strict=True):
+            output = next(computed) if found is None else found
+            if key is not None and len(self._constant) < MOST_CONSTANT_TILES:
+                self._constant.setdefault(key, [part.clone() for part in output])
+            outputs.append(output)
+        return outputs
+
+    @torch.inference_mode()
+    def _advance(self, until: int) -> list[tuple[int, Tensor]]:
+        """Take the planes before ``until`` from the accumulators, without padding."""
+        if until == self._done:
+            return []
+        total: Tensor | None = None
+        for sums in self._sums:
+            planes = sums.advance(until)
+            total = planes if total is None else total.add_(planes)
+        assert total is not None
+        if len(self._sums) > 1:
+            total = total.div_(len(self._sums))
+        depth, rows, columns = (
+            slice(before, size - after)
+            for size, (before, after) in zip(self._shape, self._padding, strict=True)
+        )
+        first, last = max(self._done, depth.start), min(until, depth.stop)
+        inside = total[:, first - self._done : last - self._done, rows, columns]
+        self._done = until
+        return [(first - depth.start, inside)] if first < last else []
+
+
+def _outputs(
+    networks: Sequence[nn.Module],
+    tiles: Tensor,
+    *,
+    flips: tuple[tuple[int, ...], ...],
+    batch: int,
+    half: bool,
+) -> list[list[Tensor]]:
+    """Per tile the logits to add up: of each network in compat mode, else their mean."""
+    logits = [_mirrored(network, tiles, flips, batch=batch, half=half) for network in networks]
+    if half:
+        return [list(parts) for parts in zip(*logits, strict=True)]
+    total = logits[0]
+    for other in logits[1:]:
+        total = total.add_(other)
+    if len(logits) > 1:
+        total = total.div_(len(logits))
+    return [[tile] for tile in total]
+
+
+def _constant_key(tile: Tensor) -> bytes | None:
+    """The values of a tile that has only one per channel; None for any other tile."""
+    flat = tile.reshape(tile.shape[0], -1)
+    # Three voxels tell most tiles apart without a look at the rest.
+    if not torch.equal(flat[:, 0], flat[:, -1]) or flat[0, 0] != flat[0, flat.shape[1] // 2]:
+        return None
+    low, high = torch.aminmax(flat, dim=1)
+    return low.cpu().numpy().tobytes() if torch.equal(low, high) else None
 
 
 class _Accumulator:
-    """Weighted sums of overlapping tiles, divided as soon as no later tile can reach a slab.
+    """Weighted sums of overlapping tiles, as deep as one tile.
 
-    Tiles come with ascending first index, so weights are needed for as many planes as one tile
-    has, however long the image is.
+    Tiles come with ascending first index, so planes before the current one are final.
     """
 
     def __init__(
@@ -131,37 +295,31 @@ class _Accumulator:
         # A tile of a 2D network is a slab of one plane.
         self._slab = (1,) * (len(shape) - len(patch_size)) + patch_size
         self._importance = importance.to(device=device, dtype=dtype).view(self._slab)
-        self._shape = shape
         self._start = 0
         self._weights = torch.zeros((self._slab[0], *shape[1:]), dtype=dtype, device=device)
         self._logits: Tensor | None = None
 
     def add(self, origin: tuple[int, ...], tile: Tensor) -> None:
-        """Add one tile of logits (K, *patch)."""
+        """Add one tile of logits (K, *patch) that begins at the first plane that is not final."""
         if self._logits is None:
-            self._logits = self._weights.new_zeros((tile.shape[0], *self._shape))
-        self._finish(origin[0])
+            self._logits = self._weights.new_zeros((tile.shape[0], *self._weights.shape))
         tile = tile.to(self._weights.device).reshape(-1, *self._slab)
-        region = _region(origin, self._slab)
+        region = (slice(None), *_region(origin, self._slab)[1:])
         # The product is rounded only when it is added, also in compat mode, as nnU-Net does.
         self._logits[(slice(None), *region)] += tile * self._importance
-        self._weights[(slice(None), *region[1:])] += self._importance
+        self._weights[region] += self._importance
 
-    def mean(self) -> Tensor:
-        """Return the weighted mean, in place of the sums."""
+    def advance(self, until: int) -> Tensor:
+        """Return the mean of the planes before ``until``, and forget them."""
         assert self._logits is not None
-        self._finish(self._shape[0])
-        return self._logits
-
-    def _finish(self, until: int) -> None:
-        """Divide the planes before ``until``, and move the weights on to it."""
         count = until - self._start
-        if count == 0:
-            return
-        assert self._logits is not None
-        self._logits[:, self._start : until] /= self._weights[:count]
-        self._weights = torch.cat([self._weights[count:], torch.zeros_like(self._weights[:count])])
+        finished = self._logits[:, :count] / self._weights[:count]
+        for sums, axis in ((self._logits, 1), (self._weights, 0)):
+            kept = sums.shape[axis] - count
+            sums.narrow(axis, 0, kept).copy_(sums.narrow(axis, count, kept).clone())
+            sums.narrow(axis, kept, count).zero_()
         self._start = until
+        return finished
 
 
 def _mirrored(
@@ -205,10 +363,6 @@ def _region(origin: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int |
     extra = len(origin) - len(patch_size)
     spans = zip(origin[extra:], patch_size, strict=True)
     return (*origin[:extra], *(slice(start, start + size) for start, size in spans))
-
-
-def _cut(image: Tensor, origin: tuple[int, ...], patch_size: tuple[int, ...]) -> Tensor:
-    return image[(slice(None), *_region(origin, patch_size))]
 
 
 def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

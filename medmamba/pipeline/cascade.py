@@ -17,9 +17,9 @@ from medmamba.dataset import Split, read_splits
 from medmamba.errors import PlanError
 from medmamba.files import hash_values
 from medmamba.pipeline.work import Work
-from medmamba.plans.plan import ConfigurationPlan, Plan
+from medmamba.plans.plan import Plan
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
-from medmamba.preprocessing.previous import labels_between_grids
+from medmamba.preprocessing.previous import between_grids
 from medmamba.preprocessing.store import CaseStore, PreviousStore
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def predict_previous_stage(
         for case in mine:
             assert predictor is not None
             record = fine_store.open(case).record
-            labels = _predict(predictor, coarse_store, case, coarse, record)
+            labels = _predict(predictor, coarse_store, case, record)
             target.write(case, labels, key=previous.key(case), patch_size=fine.grid.patch_size)
 
 
@@ -146,17 +146,14 @@ def _predict(
     predictor: "Predictor",
     store: CaseStore,
     case_id: str,
-    branch: ConfigurationPlan,
     fine: UndoRecord,
 ) -> NDArray[np.unsignedinteger[Any]]:
     stored = store.open(case_id)
     prepared = PreprocessedCase(
         data=stored.data[:], labels=None, record=stored.record, class_locations={}
     )
-    logits = predictor.infer(prepared).logits
-    return labels_between_grids(
-        logits, stored.record, fine, branch.preprocessing, predictor.label_map
-    )
+    inferred = predictor.infer(prepared, onto=between_grids(stored.record, fine))
+    return predictor.restore(inferred).labels
 
 
 def _predictor(bundle: Bundle, device: str) -> "Predictor":

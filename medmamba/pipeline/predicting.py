@@ -168,7 +168,12 @@ def make_predictor(
         for model in bundle.models
     ]  # fmt: skip
     cleaning = bundle.postprocessing
-    return EnsemblePredictor(members, None if cleaning is None else cleaning.apply)
+    return EnsemblePredictor(
+        members,
+        None if cleaning is None else cleaning.apply,
+        # Members of an ensemble were trained on the same cases.
+        bundle.models[0].manifest.usual_volumes,
+    )
 
 
 def _member(

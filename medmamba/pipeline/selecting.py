@@ -6,7 +6,7 @@ mean Dice over all of them wins, as in nnU-Net. The result is one bundle.
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def _pair(
     say: Say,
 ) -> Candidate:
     """Predict every case with both members of its fold, as ``predict`` will."""
-    from medmamba.inference.ensemble import EnsemblePredictor, MemberLogits
+    from medmamba.inference.ensemble import EnsemblePredictor
 
     name = f"{first.name} + {second.name}"
     say(f"{name}: predicting")
@@ -211,12 +211,8 @@ def _pair(
         ]
         both = EnsemblePredictor(members)
         for case in split.validation:
-            prepared = [stored_case(store, case) for store in stores]
-            parts = tuple(
-                (member.infer(one).logits, one.record)
-                for member, one in zip(members, prepared, strict=True)
-            )
-            labels = both.restore(MemberLogits(parts), prepared[0].record)
+            prepared, *others = (stored_case(store, case) for store in stores)
+            labels = both.restore(both.infer(replace(prepared, siblings=tuple(others)))).labels
             write_mask(folder, case, labels, references[case])
     return _candidate(place, name, models, folder)
 
@@ -294,6 +290,7 @@ def _save_folds(
         training=_provenance(models),
         scores=scores,
         postprocessing=postprocessing,
+        usual_volumes=first.manifest.usual_volumes,
     )
 
 

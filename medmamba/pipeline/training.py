@@ -17,6 +17,7 @@ from medmamba.pipeline.cascade import (
 from medmamba.pipeline.leaks import require_no_leak
 from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
 from medmamba.pipeline.starting import Beginning
+from medmamba.pipeline.usual_volumes import measure_usual_volumes
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
@@ -341,4 +342,7 @@ def _write_model(
             **({"started_from": setup.start.source} if setup.start is not None else {}),
         },
         scores={"validation_patch_dice": round(result.dice, 4)},
+        usual_volumes=measure_usual_volumes(
+            CaseStore(setup.store_folder), setup.split.train, decided.label_map
+        ),
     )

@@ -156,7 +156,7 @@ def predict_stored(
     prepared = stored_case(store, case_id)
     if coarse is not None:
         prepared = replace(prepared, coarse=stored_case(coarse, case_id))
-    return predictor.restore(predictor.infer(prepared).logits, prepared.record)
+    return predictor.restore(predictor.infer(prepared)).labels
 
 
 def write_mask(folder: Path, case_id: str, labels: NDArray[Any], reference: Path) -> Path:

@@ -1,26 +1,18 @@
-"""The cascade: labels of the coarse network as further channels of the fine one.
+"""The cascade: labels of the coarse network on the grid of the fine one.
 
-Legend: (d, h, w) voxels of the fine working grid, n foreground values.
+Legend: (d, h, w) voxels of the fine working grid.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medmamba.labels import LabelMap
 from medmamba.preprocessing.crop import box_slices
 from medmamba.preprocessing.pipeline import UndoRecord
 from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.preprocessing.resample import resample_labels, separate_axis
-from medmamba.preprocessing.restore import restore_labels
 from medmamba.volume import Geometry
-
-
-def one_hot(labels: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.float32]:
-    """Return (n, d, h, w): one channel per value, 1 where the label has it."""
-    return np.stack([labels == value for value in values]).astype(np.float32)
 
 
 def labels_on_working_grid(
@@ -33,19 +25,13 @@ def labels_on_working_grid(
     return resample_labels(cropped, record.working_shape, recipe.labels, axis)
 
 
-def labels_between_grids(
-    logits: Any,
-    coarse: UndoRecord,
-    fine: UndoRecord,
-    recipe: PreprocessingRecipe,
-    label_map: LabelMap,
-) -> NDArray[np.unsignedinteger[Any]]:
-    """Turn logits (K, ...) on a case's coarse working grid into labels (d, h, w) on its fine one.
+def between_grids(coarse: UndoRecord, fine: UndoRecord) -> UndoRecord:
+    """Return what turns logits on a case's coarse working grid into labels on its fine one.
 
     Both come from one raw image and one crop, so nothing need go through the raw grid.
     """
     shape = fine.working_shape
-    between = UndoRecord(
+    return UndoRecord(
         geometry=Geometry.from_spacing(shape, fine.working_spacing_mm),
         transpose_forward=(0, 1, 2),
         spacing_mm=fine.working_spacing_mm,
@@ -55,4 +41,3 @@ def labels_between_grids(
         working_spacing_mm=coarse.working_spacing_mm,
         working_shape=coarse.working_shape,
     )
-    return restore_labels(logits, between, recipe, label_map)

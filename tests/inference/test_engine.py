@@ -18,6 +18,7 @@ import pytest
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import EnvironmentFault, MedMambaError, UsageError
 from medmamba.inference.engine import predict_cases
+from medmamba.inference.job import Segmented
 from medmamba.inference.records import ModelIdentity, read_record
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
@@ -30,7 +31,10 @@ LABELS = LabelMap(values={"background": (0,), "bright": (1,), "very bright": (2,
 @dataclass
 class FakeLogits:
     logits: np.ndarray
-    fallbacks: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.logits.nbytes
 
 
 @dataclass
@@ -71,10 +75,10 @@ class ThresholdPredictor:
             self.on_infer(mark, on_tiles)
         return FakeLogits(prepared.data)
 
-    def restore(self, logits: np.ndarray, record: UndoRecord) -> np.ndarray:
-        return ((logits[0] > self.level).astype(np.uint8) + (logits[0] > 2 * self.level)).astype(
-            np.uint8
-        )
+    def restore(self, inferred: FakeLogits) -> Segmented:
+        values = inferred.logits[0]
+        labels = (values > self.level).astype(np.uint8) + (values > 2 * self.level)
+        return Segmented(labels=labels.astype(np.uint8))
 
 
 def image(folder: Path, name: str, mark: int = 0, seed: int = 0) -> Case:
@@ -389,10 +393,10 @@ def test_reading_ahead_never_exceeds_one_case(tmp_path: Path) -> None:
                 alive.append(state["now"])
             return super().prepare(volume)
 
-        def restore(self, logits: np.ndarray, record: UndoRecord) -> np.ndarray:
+        def restore(self, inferred: FakeLogits) -> Segmented:
             with lock:
                 state["now"] -= 1
-            return super().restore(logits, record)
+            return super().restore(inferred)
 
     cases = [image(tmp_path / "in", f"c{i}", seed=i) for i in range(8)]
     predict_cases(cases, tmp_path / "out", Counting(), model=MODEL)
@@ -443,6 +447,7 @@ from test_engine import MODEL, ThresholdPredictor
 from medmamba.inference import casework, ledger
 from medmamba.dataset import find_cases
 from medmamba.inference.engine import predict_cases
+from medmamba.inference.job import Segmented
 from pathlib import Path
 
 calls = {{"n": 0}}

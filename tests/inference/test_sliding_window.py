@@ -3,7 +3,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medmamba.inference.sliding_window import predict_logits, tile_batch_size
+from medmamba.inference.sliding_window import (
+    MOST_CONSTANT_TILES,
+    PlaneStream,
+    TileSource,
+    predict_logits,
+    tile_batch_size,
+)
 from medmamba.inference.tiling import importance_map, tile_starts
 
 
@@ -65,7 +71,7 @@ def test_a_2d_network_sees_every_slice() -> None:
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_weights_take_no_more_memory_in_longer_images(dimension: int) -> None:
+def test_sums_take_no_more_memory_in_longer_images(dimension: int) -> None:
     from medmamba.inference.sliding_window import _Accumulator
 
     patch = (4, 8, 8)[-dimension:]
@@ -73,11 +79,94 @@ def test_weights_take_no_more_memory_in_longer_images(dimension: int) -> None:
     for length in (8, 80):
         sums = _Accumulator((length, 8, 8), patch, dtype=torch.float32, device=torch.device("cpu"))
         starts = range(length) if dimension == 2 else tile_starts(length, 4, 0.5)
+        planes = 0
         for start in starts:
+            if start:
+                planes += sums.advance(start).shape[1]
             sums.add((start, 0, 0), torch.full((2, *patch), float(start % 2)))
-        held.append(sums._weights.nbytes)
-        assert torch.isfinite(sums.mean()).all()
+        last = sums.advance(length)
+        assert planes + last.shape[1] == length
+        assert torch.isfinite(last).all()
+        held.append(sums._weights.nbytes + sums._logits.nbytes)
     assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_planes_come_in_order_and_networks_are_averaged(compat: bool) -> None:
+    networks = [position_dependent(3), Pointwise()]
+    image = torch.randn(1, 21, 9, 10, generator=torch.Generator().manual_seed(11))
+    tiling = {"patch_size": (6, 8, 8), "tile_batch": 3, "compat": compat}
+    starts, parts = zip(*PlaneStream(networks, TileSource(image=image), **tiling), strict=True)
+    assert list(starts) == [0, *np.cumsum([part.shape[1] for part in parts])[:-1].tolist()]
+    assert len(parts) > 2
+    single = [predict_logits(network, image, **tiling) for network in networks]
+    expected = (single[0] + single[1]) / 2
+    torch.testing.assert_close(
+        torch.cat(parts, 1), expected, **({"rtol": 0, "atol": 0} if compat else {})
+    )
+
+
+def test_gradients_are_as_before_where_a_stream_pauses() -> None:
+    image = torch.zeros(1, 20, 8, 8)
+    stream = iter(PlaneStream([Pointwise()], TileSource(image=image), patch_size=(8, 8, 8)))
+    next(stream)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_tiles_of_one_value_are_computed_once() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inputs = 0
+            self.layer = position_dependent(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inputs += len(x)
+            return self.layer(x)
+
+    image = torch.full((1, 40, 8, 8), -1.0)
+    image[:, 30:] = torch.randn(10, 8, 8, generator=torch.Generator().manual_seed(12))
+    logits, networks, streams = [], [], []
+    for reuse in (True, False):
+        networks.append(Counting())
+        streams.append(
+            PlaneStream(
+                [networks[-1]],
+                TileSource(image=image),
+                patch_size=(8, 8, 8),
+                tile_batch=2,
+                reuse_constant=reuse,
+            )
+        )
+        logits.append(torch.cat([planes for _, planes in streams[-1]], 1))
+    assert streams[1].reused == 0
+    assert streams[0].reused > 3
+    assert streams[0].tiles == networks[1].inputs == networks[0].inputs + streams[0].reused
+    torch.testing.assert_close(*logits)
+
+
+def test_many_different_constant_tiles_are_not_all_remembered() -> None:
+    image = torch.arange(20.0).repeat_interleave(8).view(1, -1, 1, 1).expand(1, 160, 8, 8)
+    stream = PlaneStream([Pointwise()], TileSource(image=image), patch_size=(8, 8, 8), step=1.0)
+    planes = torch.cat([part for _, part in stream], 1)
+    torch.testing.assert_close(planes, Pointwise()(image[None])[0])
+    assert len(stream._constant) <= MOST_CONSTANT_TILES
+
+
+@pytest.mark.parametrize("patch", [(6, 8, 8), (8, 8)])
+def test_labels_of_an_earlier_stage_become_channels_of_each_tile(patch: tuple[int, ...]) -> None:
+    class Channels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    generator = torch.Generator().manual_seed(13)
+    image = torch.randn(1, 11, 9, 7, generator=generator)
+    labels = torch.randint(0, 4, (11, 9, 7), generator=generator, dtype=torch.int16)
+    source = TileSource(image=image, labels=labels, values=(1, 3))
+    planes = torch.cat([part for _, part in PlaneStream([Channels()], source, patch_size=patch)], 1)
+    expected = torch.cat([image, (labels == 1)[None].float(), (labels == 3)[None].float()])
+    torch.testing.assert_close(planes, expected)
 
 
 def test_small_images_are_padded_and_cropped_back() -> None:

@@ -129,7 +129,7 @@ def test_the_second_stage_depends_on_the_first(trained, tmp_path) -> None:
             parameter.mul_(scale)
         first = predictor(bundle.previous, networks)
         second = predictor(bundle.configuration, load_networks(bundle), first)
-        logits.append(second.infer(second.prepare(image)).logits)
+        logits.append(second.logits(second.prepare(image)))
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 

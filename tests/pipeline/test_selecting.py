@@ -13,7 +13,7 @@ from medmamba.evaluation.postprocessing import load_postprocessing
 from medmamba.io import read_image, read_labels
 from medmamba.pipeline.predicting import make_predictor
 from medmamba.pipeline.selecting import select
-from medmamba.preprocessing.restore import labels_from_probabilities
+from medmamba.preprocessing.restore import labels_from_probabilities, restore_probabilities
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,9 @@ def test_a_pair_predicts_the_mean_of_probabilities(trained, tmp_path) -> None:
     for member in pair.models:
         predictor = make_predictor(member, precision="fp32").members[0]
         prepared = predictor.prepare(image)
-        total = total + predictor.probabilities(predictor.infer(prepared).logits, prepared.record)
+        total = total + restore_probabilities(
+            predictor.logits(prepared), prepared.record, predictor.recipe, predictor.label_map
+        )
     labels = labels_from_probabilities(total / 2, pair.plan.label_map)
     expected = load_postprocessing(pair.folder / "postprocessing.json").apply(labels)
     mask, _ = read_labels(tmp_path / "masks" / "case_006.nii.gz")

@@ -96,7 +96,7 @@ def test_slabs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = restore_labels(logits, made.record, recipe(), CLASSES)
         soft = restore_probabilities(logits, made.record, recipe(), CLASSES)
         with monkeypatch.context() as patch:
-            patch.setattr("medmamba.preprocessing.restore.SLAB_BYTES", 1)
+            patch.setattr("medmamba.preprocessing.class_fields.SLAB_BYTES", 1)
             sliced = restore_labels(logits, made.record, recipe(), CLASSES)
             np.testing.assert_array_equal(sliced, whole)
         np.testing.assert_array_equal(labels_from_probabilities(soft, CLASSES), whole)
