@@ -23,6 +23,7 @@ COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 QUICK = ("plain_unet",)  # the others are counted by the slow tests
 FOLDERS = "cli|docker|docs|kernels|medmamba|plans|tests"
 PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+)`")
+CODE = re.compile(r"\b[EW]_[A-Z]+(?:_[A-Z0-9]+)*\b")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -38,6 +39,16 @@ def test_files_that_are_named_exist(page: Path) -> None:
     # my_net.py and the like are what a reader shall write.
     named = [place for place in PLACE.findall(page.read_text()) if "/my_" not in place]
     assert not [place for place in named if not (ROOT / place).exists()]
+
+
+def test_every_code_is_explained() -> None:
+    modules = (ROOT / "medmamba").rglob("*.py")
+    used = {
+        code for path in modules for code in re.findall(r'"([EW]_[A-Z0-9_]+)"', path.read_text())
+    }
+    explained = CODE.findall((ROOT / "docs" / "errors.md").read_text())
+    assert used == set(explained)
+    assert len(explained) == len(set(explained))
 
 
 def shown_commands() -> list[tuple[str, str, str]]:
