@@ -67,7 +67,9 @@ sbom: setup $(TOOLS)/bin/python ## write the bill of materials of .venv (Cyclone
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json $(BIN)/python
 
 licences: setup $(TOOLS)/bin/python ## write the licence of every package in .venv to docs/compliance/licences.md
-	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --format markdown --order license --ignore-packages medmamba --output-file docs/compliance/licences.md
+	@{ printf '# Licences of the packages in a development environment\n\nWritten by `make licences`. Dependencies, none of them part of this package.\n'; \
+	  printf 'Not permissive are connected-components-3d (LGPL) and, in the extra `dicom`, pylibjpeg-libjpeg (GPL).\n\n'; \
+	  $(TOOLS)/bin/pip-licenses --python $(BIN)/python --format markdown --order license --ignore-packages medmamba; } > docs/compliance/licences.md
 
 audit: setup $(TOOLS)/bin/python ## look for known vulnerabilities in constraints.txt (needs a network)
 	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
