@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_every_code_is_explained() -> None:
     explained = CODE.findall((ROOT / "docs" / "errors.md").read_text())
     assert used == set(explained)
     assert len(explained) == len(set(explained))
+
+
+def test_the_layers_are_those_that_are_enforced() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    (contract,) = tools["importlinter"]["contracts"]
+    enforced = [row.replace("medmamba.", "") for row in contract["layers"]]
+    block = re.search(r"```\n(cli .*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert block
+    assert [line.split("  ")[0] for line in block[1].splitlines()] == enforced
 
 
 def shown_commands() -> list[tuple[str, str, str]]:
