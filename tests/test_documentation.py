@@ -22,6 +22,26 @@ PAGES = sorted(
 )
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 QUICK = ("plain_unet",)  # the others are counted by the slow tests
+# What nnU-Net 2.8.1 installs, and what its argument parsers take.
+NNUNET_COMMANDS = """
+nnUNetv2_accumulate_crossval_results nnUNetv2_apply_postprocessing nnUNetv2_convert_MSD_dataset
+nnUNetv2_convert_old_nnUNet_dataset nnUNetv2_determine_postprocessing nnUNetv2_ensemble
+nnUNetv2_download_pretrained_model_by_url nnUNetv2_evaluate_folder nnUNetv2_evaluate_simple
+nnUNetv2_export_model_to_zip nnUNetv2_extract_fingerprint nnUNetv2_find_best_configuration
+nnUNetv2_install_pretrained_model_from_zip nnUNetv2_move_plans_between_datasets
+nnUNetv2_plan_and_preprocess nnUNetv2_plan_experiment nnUNetv2_plot_overlay_pngs nnUNetv2_predict
+nnUNetv2_predict_from_modelfolder nnUNetv2_preprocess nnUNetv2_train
+"""
+NNUNET_FLAGS = """
+--verbose --no_pbar -d -fpe -np --verify_dataset_integrity --clean -pl -gpu_memory_target
+-preprocessor_name -overwrite_target_spacing -overwrite_plans_name -plans_name -c -npfp --no_pp
+-tr -p -pretrained_weights -num_gpus --npz --c --val --val_best --disable_checkpointing -device
+-i -o -m -f -step_size --disable_tta --save_probabilities --continue_prediction -chk -npp -nps
+-prev_stage_predictions --disable_progress_bar --not_on_device -num_parts -part_id
+--disable_ensembling --no_overwrite -djfile -pfile --chill -l -il -ref -plans_json -dataset_json
+--remove_postprocessed -pp_pkl_file --save_npz --not_strict --exp_cv_preds -channel_idx --use_raw
+-overlay_intensity -s -t -sp -tp
+"""
 FOLDERS = "cli|docker|docs|kernels|medmamba|plans|tests"
 PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+)`")
 CODE = re.compile(r"\b[EW]_[A-Z]+(?:_[A-Z0-9]+)*\b")
@@ -40,6 +60,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
     # my_net.py and the like are what a reader shall write.
     named = [place for place in PLACE.findall(page.read_text()) if "/my_" not in place]
     assert not [place for place in named if not (ROOT / place).exists()]
+
+
+def test_every_command_and_flag_of_nnunet_has_its_line() -> None:
+    page = (ROOT / "docs" / "from-nnunet.md").read_text()
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"(?<![\w-])(?:nnUNetv2_\w+|--?[a-z]\w*)", "\n".join(rows)))
+    assert not set(f"{NNUNET_COMMANDS} {NNUNET_FLAGS}".split()) - named
 
 
 def test_every_code_is_explained() -> None:
