@@ -70,8 +70,13 @@ class EnsemblePredictor:
         return self.members[0].numerics()
 
     def prepare(self, image: Volume) -> PreprocessedCase:
-        """Bring an image to the working grid of every member."""
-        first, *others = (member.prepare(image) for member in self.members)
+        """Bring an image to the working grid of every member; the image must not be used again."""
+        # The last one may have the memory of the image.
+        last = len(self.members) - 1
+        first, *others = (
+            member.prepare(image, consume=number == last)
+            for number, member in enumerate(self.members)
+        )
         return replace(first, siblings=tuple(others))
 
     def infer(

@@ -64,7 +64,7 @@ class CasePredictor(Protocol):
         """What computes, as JSON values that go into records."""
 
     def prepare(self, image: Volume) -> PreprocessedCase:
-        """Bring an image to the working grid."""
+        """Bring an image to the working grid; the image may be overwritten."""
 
     def infer(
         self, prepared: PreprocessedCase, *, on_tiles: Callable[[int, int], None] | None = None

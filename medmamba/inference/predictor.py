@@ -188,14 +188,18 @@ class Predictor:
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
-    def prepare(self, image: Volume) -> PreprocessedCase:
-        """Bring an image to the working grid."""
+    def prepare(self, image: Volume, *, consume: bool = False) -> PreprocessedCase:
+        """Bring an image to the working grid; with ``consume`` its memory may be reused."""
+        coarse = None if self._previous is None else self._previous.prepare(image)
         prepared = preprocess_case(
-            image, None, grid=self._grid, recipe=self.recipe, label_map=self.label_map
+            image,
+            None,
+            grid=self._grid,
+            recipe=self.recipe,
+            label_map=self.label_map,
+            consume=consume,
         )
-        if self._previous is None:
-            return prepared
-        return replace(prepared, coarse=self._previous.prepare(image))
+        return replace(prepared, coarse=coarse)
 
     def planes(
         self, prepared: PreprocessedCase, course: Course, on_tiles: TileProgress | None = None

@@ -33,6 +33,9 @@ DONE: tuple[Status, ...] = ("ok", "ok_with_warnings", "skipped")
 FULL_CONNECTIVITY = np.ones((3, 3, 3))
 """Voxels that touch by a corner belong to one component, as in postprocessing."""
 
+PLANES_AT_ONCE = 16
+"""Planes of a mask that are looked at together, so that this takes little memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaseError:
@@ -254,12 +257,11 @@ def describe_labels(
         confidence: of the networks, by label name.
         usual: volumes to compare with, by label name.
     """
-    boxes = find_objects(labels.astype(np.int32, copy=False))
+    boxes = _boxes(labels)
     measured = []
     for name, values in label_map.foreground.items():
-        members = [boxes[value - 1] for value in values if value <= len(boxes)]
-        box = _joined([member for member in members if member is not None])
-        mask = None if box is None else np.isin(labels[box], values)
+        box = _joined([boxes[value] for value in values if value in boxes])
+        mask = None if box is None else _mask(labels[box], values)
         voxels = 0 if mask is None else int(np.count_nonzero(mask))
         volume_ml = voxels * geometry.voxel_volume_ml
         measured.append(
@@ -294,6 +296,25 @@ def redacted(record: CommitRecord, paths: tuple[Path, ...]) -> CommitRecord:
     return dataclasses.replace(
         record, error=error, warnings=tuple(clean(warning) for warning in record.warnings)
     )
+
+
+def _boxes(labels: NDArray[np.integer[Any]]) -> dict[int, tuple[slice, ...]]:
+    """Return the bounding box of every value but 0, looking at a few planes at a time."""
+    found: dict[int, list[tuple[slice, ...]]] = {}
+    for first in range(0, len(labels), PLANES_AT_ONCE):
+        planes = labels[first : first + PLANES_AT_ONCE].astype(np.int32, copy=False)
+        for value, box in enumerate(find_objects(planes), start=1):
+            if box is not None:
+                moved = slice(box[0].start + first, box[0].stop + first)
+                found.setdefault(value, []).append((moved, *box[1:]))
+    return {value: box for value, parts in found.items() if (box := _joined(parts)) is not None}
+
+
+def _mask(labels: NDArray[np.integer[Any]], values: tuple[int, ...]) -> NDArray[np.bool_]:
+    mask: NDArray[np.bool_] = labels == values[0]
+    for value in values[1:]:
+        mask |= labels == value
+    return mask
 
 
 def _joined(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...] | None:

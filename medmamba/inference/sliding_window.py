@@ -35,6 +35,9 @@ CUDA_MEMORY_SHARE = 0.5
 
 MAX_TILE_BATCH = 64
 
+EMITTED_BYTES = 1 << 26
+"""Planes of logits handed out at once, unless a single plane is larger."""
+
 MOST_CONSTANT_TILES = 4
 """Values, such as that of air, whose tiles are remembered; each takes the logits of one tile."""
 
@@ -225,26 +228,39 @@ class PlaneStream:
             outputs.append(output)
         return outputs
 
-    @torch.inference_mode()
-    def _advance(self, until: int) -> list[tuple[int, Tensor]]:
-        """Take the planes before ``until`` from the accumulators, without padding."""
+    def _advance(self, until: int) -> Iterator[tuple[int, Tensor]]:
+        """Take the planes before ``until`` from the accumulators, a few at a time."""
         if until == self._done:
-            return []
+            return
+        before, after = self._padding[0]
+        start, stop = max(self._done, before), min(until, self._shape[0] - after)
+        for first in range(start, stop, self._planes_at_once):
+            last = min(first + self._planes_at_once, stop)
+            yield first - before, self._mean(first - self._done, last - self._done)
+        with torch.inference_mode():
+            for sums in self._sums:
+                sums.forget(until - self._done)
+        self._done = until
+
+    @property
+    def _planes_at_once(self) -> int:
+        return max(1, EMITTED_BYTES // self._sums[0].plane_bytes)
+
+    @torch.inference_mode()
+    def _mean(self, first: int, last: int) -> Tensor:
+        """Mean over networks of the planes from ``first`` on that are summed up, unpadded."""
         total: Tensor | None = None
         for sums in self._sums:
-            planes = sums.advance(until)
+            planes = sums.mean(first, last)
             total = planes if total is None else total.add_(planes)
         assert total is not None
         if len(self._sums) > 1:
             total = total.div_(len(self._sums))
-        depth, rows, columns = (
+        rows, columns = (
             slice(before, size - after)
-            for size, (before, after) in zip(self._shape, self._padding, strict=True)
+            for size, (before, after) in zip(self._shape[1:], self._padding[1:], strict=True)
         )
-        first, last = max(self._done, depth.start), min(until, depth.stop)
-        inside = total[:, first - self._done : last - self._done, rows, columns]
-        self._done = until
-        return [(first - depth.start, inside)] if first < last else []
+        return total[:, :, rows, columns]
 
 
 def _outputs(
@@ -295,7 +311,6 @@ class _Accumulator:
         # A tile of a 2D network is a slab of one plane.
         self._slab = (1,) * (len(shape) - len(patch_size)) + patch_size
         self._importance = importance.to(device=device, dtype=dtype).view(self._slab)
-        self._start = 0
         self._weights = torch.zeros((self._slab[0], *shape[1:]), dtype=dtype, device=device)
         self._logits: Tensor | None = None
 
@@ -309,17 +324,26 @@ class _Accumulator:
         self._logits[(slice(None), *region)] += tile * self._importance
         self._weights[region] += self._importance
 
-    def advance(self, until: int) -> Tensor:
-        """Return the mean of the planes before ``until``, and forget them."""
+    @property
+    def plane_bytes(self) -> int:
+        """Memory of one plane of logits."""
         assert self._logits is not None
-        count = until - self._start
-        finished = self._logits[:, :count] / self._weights[:count]
+        return self._logits[:, 0].nbytes
+
+    def mean(self, first: int, last: int) -> Tensor:
+        """Return planes, counted from the first that is kept."""
+        assert self._logits is not None
+        return self._logits[:, first:last] / self._weights[first:last]
+
+    def forget(self, count: int) -> None:
+        """Let the first ``count`` planes go; what follows moves to their place."""
+        assert self._logits is not None
         for sums, axis in ((self._logits, 1), (self._weights, 0)):
-            kept = sums.shape[axis] - count
-            sums.narrow(axis, 0, kept).copy_(sums.narrow(axis, count, kept).clone())
-            sums.narrow(axis, kept, count).zero_()
-        self._start = until
-        return finished
+            size = sums.shape[axis]
+            # Plane by plane, since source and target overlap.
+            for plane in range(count, size):
+                sums.select(axis, plane - count).copy_(sums.select(axis, plane))
+            sums.narrow(axis, size - count, count).zero_()
 
 
 def _mirrored(

@@ -30,7 +30,7 @@ from medmamba.files import (
 )
 from medmamba.plans.intensities import ChannelAccumulator, ChannelMeasure, draw_counts, measure
 from medmamba.preprocessing.batch import case_bytes, map_bounded, worker_count
-from medmamba.preprocessing.crop import box_slices, nonzero_region
+from medmamba.preprocessing.crop import box_slices, nonzero_box
 from medmamba.preprocessing.memory_gate import free_memory_gate
 from medmamba.preprocessing.recipe import ChannelStatistics
 
@@ -269,7 +269,7 @@ def _read(case: Case) -> tuple[_CaseSize, NDArray[np.float32]]:
     channels = image.array.astype(np.float32, copy=False)
     if labels is None:
         raise DatasetError(f"case {case.id}: no label file. Add it or remove the case.")
-    box, _ = nonzero_region(channels)
+    box = nonzero_box(channels)
     inside = box_slices(box)
     cropped = labels.array[0][inside]
     foreground = channels[(slice(None), *inside)][:, cropped > 0]

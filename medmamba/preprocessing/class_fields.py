@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from medmamba.preprocessing.pipeline import Shape3, UndoRecord
 from medmamba.preprocessing.recipe import PreprocessingRecipe
-from medmamba.preprocessing.resample import (
+from medmamba.preprocessing.resample import separate_axis
+from medmamba.preprocessing.resample_axis import (
     AxisOperator,
     linear_taps,
     nearest_indices,
     partial_operator,
-    separate_axis,
 )
 from medmamba.volume import Box
 

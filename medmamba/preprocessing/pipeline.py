@@ -6,6 +6,7 @@ Each step leaves what is needed to undo it in an `UndoRecord`; undoing is in
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from medmamba.errors import GeometryError
 from medmamba.files import RECORD_CONFIG
 from medmamba.labels import LabelMap
-from medmamba.preprocessing.crop import OUTSIDE, box_slices, mark_outside, nonzero_region
+from medmamba.preprocessing.crop import box_slices, mark_outside, nonzero_box, nonzero_region
 from medmamba.preprocessing.locations import ClassLocations, sample_locations
-from medmamba.preprocessing.normalize import normalize
+from medmamba.preprocessing.normalize import Scaling, find_scalings
 from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.preprocessing.resample import (
+    resample_channels,
     resample_image,
     resample_labels,
     resampled_shape,
@@ -29,6 +31,9 @@ from medmamba.volume import Box, Geometry, Grid, Volume
 T = TypeVar("T")
 Shape3 = tuple[int, int, int]
 Spacing3 = tuple[float, float, float]
+
+PLANES_AT_ONCE = 16
+"""Planes normalised at once, so that what that takes stays small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +93,20 @@ def preprocess_case(
     recipe: PreprocessingRecipe,
     label_map: LabelMap,
     device: str | None = None,
+    consume: bool = False,
 ) -> PreprocessedCase:
     """Bring one case to the working grid.
 
     The scheme is nnU-Net's, step by step (Isensee et al. 2021, supplementary note 2).
 
     Args:
-        image: (C, D, H, W); not changed.
+        image: (C, D, H, W) float32.
         labels: (1, D, H, W) on the same grid, or None when predicting.
         grid: the working spacing; a 2D grid leaves the first working axis as it is.
         recipe: how channels are normalised and how arrays are turned and resampled.
         label_map: classes whose voxels are listed.
         device: PyTorch device that resamples, with the same numbers; NumPy when None.
+        consume: the image is not needed any more, and its memory may become that of the result.
 
     Raises:
         GeometryError: image and labels differ in shape, or the case would vanish at the
@@ -107,35 +114,62 @@ def preprocess_case(
         InputError: the channels do not fit the recipe.
     """
     prepared = prepare_case(image, labels, recipe=recipe)
-    return resample_case(prepared, grid=grid, recipe=recipe, label_map=label_map, device=device)
+    return resample_case(
+        prepared, grid=grid, recipe=recipe, label_map=label_map, device=device, consume=consume
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedCase:
-    """A case cropped and normalised, at its own spacing, in working axis order.
+    """A case cropped, at its own spacing, in working axis order; normalised as it is read.
 
     Args:
-        data: (C, d, h, w); never changed by what is made from it.
-        labels: (d, h, w), -1 outside the non-zero region.
-        has_labels: whether ``labels`` hold more than that region.
+        raw: (C, d, h, w), a view of the raw image.
+        scalings: how each channel is normalised.
+        inside: (d, h, w), the voxels that count; None where all do.
+        labels: (d, h, w), -1 outside the non-zero region; None without a label image.
         geometry: the grid of the raw image.
         box: the non-zero region in it, in working order.
     """
 
-    data: NDArray[np.float32]
-    labels: NDArray[np.int16]
-    has_labels: bool
+    raw: NDArray[np.float32]
+    scalings: tuple[Scaling, ...]
+    inside: NDArray[np.bool_] | None
+    labels: NDArray[np.int16] | None
     geometry: Geometry
     box: Box
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels (d, h, w)."""
+        return self.raw.shape[1:]
+
+    def planes(self, channel: int, planes: slice) -> NDArray[np.float32]:
+        """Return normalised planes (n, h, w) of a channel, as an array of their own."""
+        values = np.array(self.raw[channel, planes], order="C")
+        inside = None if self.inside is None else self.inside[planes]
+        self.scalings[channel].apply(values, inside)
+        return values
+
+    def data(self, *, consume: bool = False) -> NDArray[np.float32]:
+        """Return the whole normalised image (C, d, h, w), in the raw one's place if that may go."""
+        fits = consume and self.raw.flags.c_contiguous and self.raw.flags.writeable
+        result = self.raw if fits else np.array(self.raw, order="C")
+        for values, scaling in zip(result, self.scalings, strict=True):
+            for first in range(0, len(values), PLANES_AT_ONCE):
+                planes = slice(first, first + PLANES_AT_ONCE)
+                inside = None if self.inside is None else self.inside[planes]
+                scaling.apply(values[planes], inside)
+        return result
 
 
 def prepare_case(
     image: Volume, labels: Volume | None, *, recipe: PreprocessingRecipe
 ) -> PreparedCase:
-    """Turn, crop and normalise a case: what does not depend on the working spacing.
+    """Turn and crop a case, and find how it is normalised: all but the working spacing.
 
     Args:
-        image: (C, D, H, W); not changed.
+        image: (C, D, H, W) float32; not changed.
         labels: (1, D, H, W) on the same grid, or None when predicting.
         recipe: its axis order and channels are used.
 
@@ -150,16 +184,24 @@ def prepare_case(
         )
     order = (0, *(axis + 1 for axis in recipe.transpose_forward))
     raw = image.array.astype(np.float32, copy=False).transpose(order)
-    box, mask = nonzero_region(raw)
-    inside = box_slices(box)
-    # A copy in working order: normalisation works in place.
-    data = np.array(raw[(slice(None), *inside)], order="C")
-    segmentation = _labels_in_box(labels, order, inside, mask)
-    normalize(data, segmentation >= 0, recipe.channels)
+    inside: NDArray[np.bool_] | None = None
+    segmentation = None
+    if labels is not None or any(channel.use_mask for channel in recipe.channels):
+        box, inside = nonzero_region(raw)
+    else:
+        box = nonzero_box(raw)
+    if labels is not None:
+        assert inside is not None
+        turned = labels.array.transpose(order)[0][box_slices(box)]
+        segmentation = np.array(turned, dtype=np.int16, order="C")
+        mark_outside(segmentation, inside)
+        inside = segmentation >= 0
+    cropped = raw[(slice(None), *box_slices(box))]
     return PreparedCase(
-        data=data,
+        raw=cropped,
+        scalings=find_scalings(cropped, inside, recipe.channels),
+        inside=inside if any(channel.use_mask for channel in recipe.channels) else None,
         labels=segmentation,
-        has_labels=labels is not None,
         geometry=image.geometry,
         box=box,
     )
@@ -172,6 +214,7 @@ def resample_case(
     recipe: PreprocessingRecipe,
     label_map: LabelMap,
     device: str | None = None,
+    consume: bool = False,
 ) -> PreprocessedCase:
     """Bring a prepared case to a working grid.
 
@@ -181,6 +224,7 @@ def resample_case(
         recipe: how arrays are resampled.
         label_map: classes whose voxels are listed.
         device: PyTorch device that resamples, with the same numbers; NumPy when None.
+        consume: the raw image may be overwritten.
 
     Raises:
         GeometryError: the case would vanish at the working spacing.
@@ -188,8 +232,13 @@ def resample_case(
     axes, resampled = recipe.transpose_forward, recipe.data.method != "none"
     record = _record(case.geometry, axes, case.box, grid, resampled=resampled)
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.data.separate_z)
-    data = resample_image(case.data, record.working_shape, recipe.data, axis, device=device)
-    if not case.has_labels:
+    if case.shape == record.working_shape or device is not None or recipe.data.method != "spline":
+        data = case.data(consume=consume)
+        data = resample_image(data, record.working_shape, recipe.data, axis, device=device)
+    else:
+        readers = [partial(case.planes, channel) for channel in range(len(case.raw))]
+        data = resample_channels(readers, case.shape, record.working_shape, recipe.data, axis)
+    if case.labels is None:
         return PreprocessedCase(data=data, labels=None, record=record, class_locations={})
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.labels.separate_z)
     segmentation = resample_labels(
@@ -201,20 +250,6 @@ def resample_case(
         record=record,
         class_locations=sample_locations(segmentation, label_map),
     )
-
-
-def _labels_in_box(
-    labels: Volume | None,
-    order: tuple[int, ...],
-    inside: tuple[slice, ...],
-    mask: NDArray[np.bool_],
-) -> NDArray[np.int16]:
-    if labels is None:
-        return np.where(mask, np.int16(0), np.int16(OUTSIDE))
-    turned = labels.array.transpose(order)[0]
-    segmentation = np.array(turned[inside], dtype=np.int16, order="C")
-    mark_outside(segmentation, mask)
-    return segmentation
 
 
 def _record(

@@ -1,34 +1,23 @@
 """Resampling between grids of different spacing, equal to nnU-Net's to rounding.
 
-Splines on the half-pixel grid are separable, so each axis is one banded matrix and the work is
-matrix products: equal to ``scipy.ndimage.zoom(grid_mode=True, mode="nearest")``, on which
-nnU-Net's ``skimage.transform.resize`` rests, within 1e-12, at a fraction of its time.
+Splines on the half-pixel grid are separable, so each axis is one banded matrix
+(``resample_axis``) and the work is matrix products, in slabs (``resample_planes``).
 Label maps are resampled by scores per label, computed only where a neighbourhood is mixed.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medmamba.errors import PlanError
 from medmamba.preprocessing.recipe import ResamplingRecipe
+from medmamba.preprocessing.resample_axis import linear_taps, nearest_indices, spline_operator
+from medmamba.preprocessing.resample_planes import ReadPlanes, resample_planes
 
 ANISOTROPY_THRESHOLD = 3.0
 """Ratio of spacings above which nnU-Net resamples the coarse axis separately."""
 
-PADDING = 12
-"""Edge padding of scipy's zoom before the spline prefilter."""
-
-BAND_FLOOR = 1e-14
-"""Spline weights below this do not change a float64 sum."""
-
-ROWS_PER_PRODUCT = 32
-
-Real = TypeVar("Real", np.float32, np.float64)
 Shape = tuple[int, ...]
 Spacing = tuple[float, ...]
 
@@ -86,7 +75,7 @@ def resample_image(
     Raises:
         PlanError: the recipe names a method that does not exist.
     """
-    if image.shape[1:] == shape or _keeps_shape(recipe):
+    if image.shape[1:] == shape or keeps_shape(recipe):
         return image.astype(np.float32, copy=False)
     if device is not None or recipe.method == "torch":
         import torch
@@ -94,12 +83,29 @@ def resample_image(
         from medmamba.preprocessing.resample_torch import resample_image_on
 
         return resample_image_on(torch.device(device or "cpu"), image, shape, recipe, axis)
-    result = np.empty((image.shape[0], *shape), dtype=np.float32)
-    for channel, values in enumerate(image):
-        if axis is None:
-            result[channel] = _resample_clipped(values, shape, recipe.order, axes=(0, 1, 2))
-        else:
-            result[channel] = _resample_by_slices(values, shape, recipe, axis)
+    readers = [values.__getitem__ for values in image]
+    return resample_channels(readers, image.shape[1:], shape, recipe, axis)
+
+
+def resample_channels(
+    readers: Sequence[ReadPlanes],
+    old: Shape,
+    shape: Shape,
+    recipe: ResamplingRecipe,
+    axis: int | None = None,
+) -> NDArray[np.float32]:
+    """Resample channels that are read a few planes at a time, as `resample_image` does on the CPU.
+
+    Args:
+        readers: give the planes of each channel.
+        old: shape of a channel.
+        shape: the new one.
+        recipe: orders; the method is spline.
+        axis: a spatial axis to resample separately, or None.
+    """
+    result = np.empty((len(readers), *shape), dtype=np.float32)
+    for read, channel in zip(readers, result, strict=True):
+        resample_planes(read, old, recipe, axis, channel)
     return result
 
 
@@ -125,7 +131,7 @@ def resample_labels(
         device: PyTorch device to compute on, with the same labels; linear votes only, which is
             what plans ask for. NumPy on the CPU when None.
     """
-    if labels.shape == shape or _keeps_shape(recipe):
+    if labels.shape == shape or keeps_shape(recipe):
         return labels
     is_linear = recipe.order == 1 and (axis is None or recipe.order_z == 0)
     if recipe.method == "torch" or (device is not None and is_linear):
@@ -145,162 +151,6 @@ def resample_labels(
         labels = _vote(labels, between, recipe.order)
         return _overwrite_along(labels, shape[axis], axis, recipe.order_z)
     return _vote(labels, shape, recipe.order)
-
-
-@dataclass(frozen=True, eq=False)
-class AxisOperator:
-    """One axis of a spline resampling as row blocks of a banded matrix.
-
-    Args:
-        blocks: (first row, first source index, matrix) of each block.
-    """
-
-    size: int
-    blocks: tuple[tuple[int, int, NDArray[np.floating]], ...]
-
-    def apply(self, array: NDArray[Real], axis: int) -> NDArray[Real]:
-        """Resample one axis of a three-dimensional array."""
-        shape = list(array.shape)
-        shape[axis] = self.size
-        result = np.empty(shape, dtype=array.dtype)
-        for row, source, matrix in self.blocks:
-            rows = slice(row, row + matrix.shape[0])
-            columns = slice(source, source + matrix.shape[1])
-            _product(array, result, matrix, rows=rows, columns=columns, axis=axis)
-        return result
-
-
-def spline_operator(
-    old: int, new: int, order: int, dtype: type[np.floating] = np.float64
-) -> AxisOperator:
-    """Build the operator that takes ``old`` samples to ``new`` along one axis."""
-    return _banded(spline_matrix(old, new, order), dtype)
-
-
-def partial_operator(
-    old: int, new: int, order: int, rows: slice, dtype: type[np.floating]
-) -> tuple[AxisOperator, slice]:
-    """Build the operator for some of the new samples, and say which old ones it reads."""
-    matrix = spline_matrix(old, new, order)[rows]
-    used = np.flatnonzero((np.abs(matrix) > BAND_FLOOR).any(axis=0))
-    source = slice(int(used[0]), int(used[-1]) + 1)
-    return _banded(matrix[:, source], dtype), source
-
-
-def _banded(matrix: NDArray[np.float64], dtype: type[np.floating]) -> AxisOperator:
-    blocks = []
-    for row in range(0, len(matrix), ROWS_PER_PRODUCT):
-        rows = matrix[row : row + ROWS_PER_PRODUCT]
-        used = np.flatnonzero((np.abs(rows) > BAND_FLOOR).any(axis=0))
-        first, last = int(used[0]), int(used[-1]) + 1
-        blocks.append((row, first, np.ascontiguousarray(rows[:, first:last], dtype=dtype)))
-    return AxisOperator(len(matrix), tuple(blocks))
-
-
-def nearest_indices(old: int, new: int) -> NDArray[np.intp]:
-    """Return the source index of each new sample on the half-pixel grid."""
-    nearest = np.floor(_source_coordinates(old, new) + 0.5).astype(np.intp)
-    return np.clip(nearest, 0, old - 1)
-
-
-def _product(
-    array: NDArray[Real],
-    result: NDArray[Real],
-    matrix: NDArray[np.floating],
-    *,
-    rows: slice,
-    columns: slice,
-    axis: int,
-) -> None:
-    if axis == 0:
-        flat = array.reshape(array.shape[0], -1)
-        np.matmul(matrix, flat[columns], out=result.reshape(result.shape[0], -1)[rows])
-    elif axis == 1:
-        np.matmul(matrix, array[:, columns], out=result[:, rows])
-    else:
-        result[:, :, rows] = np.matmul(array[:, :, columns], matrix.T)
-
-
-def spline_matrix(old: int, new: int, order: int) -> NDArray[np.float64]:
-    """Return the (new, old) matrix of a spline resampling along one axis.
-
-    Raises:
-        PlanError: an order without a spline here.
-    """
-    coordinates = _source_coordinates(old, new)
-    rows = np.arange(new)
-    matrix = np.zeros((new, old))
-    if order == 0:
-        matrix[rows, nearest_indices(old, new)] = 1.0
-    elif order == 1:
-        low, high, weight = linear_taps(old, new)
-        np.add.at(matrix, (rows, low), 1.0 - weight)
-        np.add.at(matrix, (rows, high), weight)
-    elif order == 3:
-        padded = np.pad(np.eye(old), ((PADDING, PADDING), (0, 0)), mode="edge")
-        coefficients = ndimage.spline_filter1d(padded, order=3, axis=0, mode="nearest")
-        start = np.floor(coordinates).astype(np.intp)
-        for tap, weight in enumerate(_cubic_weights(coordinates - start)):
-            matrix += weight[:, None] * coefficients[start - 1 + tap + PADDING]
-    else:
-        raise PlanError(f"resampling order {order}: 0, 1 or 3 is needed. Change it in the plan.")
-    return matrix
-
-
-def linear_taps(
-    old: int, new: int
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """Return both source indices of linear interpolation and the weight of the second."""
-    coordinates = np.clip(_source_coordinates(old, new), 0.0, old - 1.0)
-    low = np.floor(coordinates).astype(np.intp)
-    return low, np.minimum(low + 1, old - 1), coordinates - low
-
-
-def _source_coordinates(old: int, new: int) -> NDArray[np.float64]:
-    centres = np.arange(new, dtype=np.float64) + 0.5
-    return np.asarray(centres * (old / new) - 0.5)
-
-
-def _cubic_weights(t: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Weights of the four cubic B-spline coefficients around a point, t in [0, 1)."""
-    rest = 1.0 - t
-    return (
-        rest**3 / 6.0,
-        (4.0 - 6.0 * t**2 + 3.0 * t**3) / 6.0,
-        (4.0 - 6.0 * rest**2 + 3.0 * rest**3) / 6.0,
-        t**3 / 6.0,
-    )
-
-
-def _resample_clipped(
-    values: NDArray[np.floating], shape: Shape, order: int, axes: tuple[int, ...]
-) -> NDArray[np.float64]:
-    low, high = values.min(), values.max()
-    result = values.astype(np.float64)
-    # Axes that shrink go first, so that later products are smaller.
-    for axis in sorted(axes, key=lambda axis: shape[axis] / values.shape[axis]):
-        if shape[axis] != result.shape[axis]:
-            result = spline_operator(result.shape[axis], shape[axis], order).apply(result, axis)
-    return np.clip(result, low, high, out=result)
-
-
-def _resample_by_slices(
-    values: NDArray[np.floating], shape: Shape, recipe: ResamplingRecipe, axis: int
-) -> NDArray[np.float64]:
-    in_plane = tuple(other for other in range(3) if other != axis)
-    low = values.min(axis=in_plane, keepdims=True)
-    high = values.max(axis=in_plane, keepdims=True)
-    result = values.astype(np.float64)
-    for other in in_plane:
-        if shape[other] != result.shape[other]:
-            operator = spline_operator(result.shape[other], shape[other], recipe.order)
-            result = operator.apply(result, other)
-    np.clip(result, low, high, out=result)
-    if shape[axis] == result.shape[axis]:
-        return result
-    if recipe.order_z == 0:
-        return np.take(result, nearest_indices(result.shape[axis], shape[axis]), axis=axis)
-    return spline_operator(result.shape[axis], shape[axis], recipe.order_z).apply(result, axis)
 
 
 def _vote(labels: NDArray[np.int16], shape: Shape, order: int) -> NDArray[np.int16]:
@@ -368,9 +218,12 @@ def _vote_at(
 
 def _vote_spline(labels: NDArray[np.int16], shape: Shape, order: int) -> NDArray[np.int16]:
     scores = _Scores(_vote(labels, shape, 0))
+    recipe = ResamplingRecipe(order=order)
     for label in np.unique(labels):
         indicator = (labels == label).astype(np.float64)
-        scores.add(label, _resample_clipped(indicator, shape, order, axes=(0, 1, 2)))
+        score = np.empty(shape)
+        resample_planes(indicator.__getitem__, labels.shape, recipe, None, score)
+        scores.add(label, score)
     return scores.winner
 
 
@@ -405,7 +258,12 @@ def _is_anisotropic(spacing_mm: Spacing) -> bool:
     return max(spacing_mm) / min(spacing_mm) > ANISOTROPY_THRESHOLD
 
 
-def _keeps_shape(recipe: ResamplingRecipe) -> bool:
+def keeps_shape(recipe: ResamplingRecipe) -> bool:
+    """Tell whether a recipe resamples nothing.
+
+    Raises:
+        PlanError: it names a method that does not exist.
+    """
     if recipe.method not in ("spline", "torch", "none"):
         raise PlanError(
             f"resampling method '{recipe.method}': spline, torch or none is needed. "

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medmamba.preprocessing.recipe import ResamplingRecipe
-from medmamba.preprocessing.resample import linear_taps, nearest_indices, spline_matrix
+from medmamba.preprocessing.resample_axis import linear_taps, nearest_indices, spline_matrix
 
 Shape = tuple[int, ...]
 
@@ -111,7 +111,7 @@ def _along(values: Tensor, shape: Shape, order: int, *, axes: Sequence[int]) -> 
     for axis in sorted(axes, key=lambda axis: shape[axis] / values.shape[axis]):
         old, new = values.shape[axis], shape[axis]
         if old != new:
-            matrix = torch.from_numpy(spline_matrix(old, new, order)).to(values.device)
+            matrix = torch.tensor(spline_matrix(old, new, order), device=values.device)
             values = torch.tensordot(values, matrix, dims=([axis], [1])).movedim(-1, axis)
     return values
 

@@ -17,7 +17,7 @@ from medmamba.preprocessing.confidence import Confidence, ConfidenceSums
 from medmamba.preprocessing.crop import box_slices
 from medmamba.preprocessing.pipeline import UndoRecord
 from medmamba.preprocessing.recipe import PreprocessingRecipe
-from medmamba.preprocessing.resample import nearest_indices
+from medmamba.preprocessing.resample_axis import nearest_indices
 from medmamba.volume import Box, Geometry
 
 MOST_UINT8_LABELS = 254

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -79,14 +81,10 @@ def test_sums_take_no_more_memory_in_longer_images(dimension: int) -> None:
     for length in (8, 80):
         sums = _Accumulator((length, 8, 8), patch, dtype=torch.float32, device=torch.device("cpu"))
         starts = range(length) if dimension == 2 else tile_starts(length, 4, 0.5)
-        planes = 0
-        for start in starts:
-            if start:
-                planes += sums.advance(start).shape[1]
+        for start, following in pairwise([*starts, length]):
             sums.add((start, 0, 0), torch.full((2, *patch), float(start % 2)))
-        last = sums.advance(length)
-        assert planes + last.shape[1] == length
-        assert torch.isfinite(last).all()
+            assert torch.isfinite(sums.mean(0, following - start)).all()
+            sums.forget(following - start)
         held.append(sums._weights.nbytes + sums._logits.nbytes)
     assert held[0] == held[1]
 
@@ -104,6 +102,16 @@ def test_planes_come_in_order_and_networks_are_averaged(compat: bool) -> None:
     torch.testing.assert_close(
         torch.cat(parts, 1), expected, **({"rtol": 0, "atol": 0} if compat else {})
     )
+
+
+def test_planes_are_handed_out_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randn(1, 21, 5, 10, generator=torch.Generator().manual_seed(12))
+    whole = predict_logits(position_dependent(3), image, patch_size=(8, 8, 8))
+    monkeypatch.setattr("medmamba.inference.sliding_window.EMITTED_BYTES", 3 * 8 * 10 * 4 * 2)
+    stream = PlaneStream([position_dependent(3)], TileSource(image=image), patch_size=(8, 8, 8))
+    parts = [planes for _, planes in stream]
+    assert max(planes.shape[1] for planes in parts) <= 3
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=0)
 
 
 def test_gradients_are_as_before_where_a_stream_pauses() -> None:

@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,23 @@ MASKS = arrays(bool, st.tuples(*[st.integers(1, 7)] * 3))
 def test_holes_are_filled_as_scipy_does(mask: np.ndarray) -> None:
     expected = ndimage.binary_fill_holes(mask)
     np.testing.assert_array_equal(fill_holes(mask.copy()), expected)
+
+
+@given(MASKS, st.integers(1, 60))
+def test_slabs_of_labelled_background_do_not_show(mask: np.ndarray, voxels: int) -> None:
+    expected = ndimage.binary_fill_holes(mask)
+    with mock.patch("medmamba.preprocessing.crop.SLAB_VOXELS", voxels):
+        np.testing.assert_array_equal(fill_holes(mask.copy()), expected)
+
+
+def test_a_hole_that_opens_in_another_slab_is_no_hole() -> None:
+    mask = np.ones((9, 5, 5), bool)
+    mask[1:8, 2, 2] = False  # a tunnel, closed at both ends
+    open_mask = mask.copy()
+    open_mask[8, 2, 2] = False
+    with mock.patch("medmamba.preprocessing.crop.SLAB_VOXELS", 50):
+        assert fill_holes(mask).all()
+        np.testing.assert_array_equal(fill_holes(open_mask.copy()), open_mask)
 
 
 @given(MASKS)

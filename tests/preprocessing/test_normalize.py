@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from medmamba.errors import InputError, PlanError
-from medmamba.preprocessing.normalize import normalize
+from medmamba.preprocessing.normalize import find_scalings
 from medmamba.preprocessing.recipe import ChannelRecipe, ChannelStatistics, Normalization
 
 STATISTICS = ChannelStatistics(
@@ -16,7 +16,10 @@ def image(channels: int = 1) -> np.ndarray:
 
 def run(values: np.ndarray, *recipes: ChannelRecipe, inside: np.ndarray | None = None) -> None:
     mask = np.ones(values.shape[1:], bool) if inside is None else inside
-    normalize(values, mask, recipes)
+    scalings = find_scalings(values, mask, recipes)
+    for channel, scaling in zip(values, scalings, strict=True):
+        for plane, planes in enumerate(channel):
+            scaling.apply(planes, mask[plane])
 
 
 def test_zscore_of_all_voxels() -> None:
@@ -77,3 +80,17 @@ def test_what_a_scheme_needs_must_be_there() -> None:
         run(image(), ChannelRecipe(normalization=Normalization.CT))
     with pytest.raises(InputError, match="1 channels, but the plan needs 2"):
         run(image(), *[ChannelRecipe(normalization=Normalization.NONE)] * 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_of_large_images_are_those_of_small_ones(
+    monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    inside = np.random.default_rng(1).random((6, 7, 8)) > 0.4
+    recipe = ChannelRecipe(normalization=Normalization.ZSCORE, use_mask=masked)
+    (small,) = find_scalings(image(), inside, (recipe,))
+    monkeypatch.setattr("medmamba.preprocessing.normalize.MOST_VOXELS_AT_ONCE", 1)
+    (large,) = find_scalings(image(), inside, (recipe,))
+    assert large.shift == pytest.approx(small.shift, rel=1e-6)
+    assert large.divisor == pytest.approx(small.divisor, rel=1e-6)
+    assert large.only_inside == small.only_inside == masked

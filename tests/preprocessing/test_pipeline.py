@@ -141,6 +141,23 @@ def test_the_image_is_not_changed_and_prediction_sees_the_same_data() -> None:
     assert predicted.record == trained.record
 
 
+@pytest.mark.parametrize("margin", [0, 2])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_image_that_may_go_gives_the_same_and_its_memory(order, margin: int) -> None:
+    image, _ = phantom((12, 14, 16), (1.0, 1.0, 1.0))
+    if not margin:
+        image = Volume(array=image.array + 1, geometry=image.geometry)
+    kept = run(image, None, (1.0, 1.0, 1.0), order)
+    grid = Grid(spacing_mm=(1.0, 1.0, 1.0), patch_size=(8, 8, 8))
+    taken = preprocess_case(
+        image, None, grid=grid, recipe=recipe(order), label_map=CLASSES, consume=True
+    )
+    np.testing.assert_array_equal(taken.data, kept.data)
+    fits = not margin and order == (0, 1, 2)
+    assert np.shares_memory(taken.data, image.array) == fits
+    assert taken.data.flags.c_contiguous
+
+
 def test_a_2d_configuration_keeps_the_slices() -> None:
     image, labels = phantom((9, 20, 24), (5.0, 1.0, 1.0), margin=1)
     made = run(image, labels, (2.0, 1.5))

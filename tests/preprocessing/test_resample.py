@@ -128,3 +128,14 @@ def test_which_axis_is_separate(
     expected: int | None,
 ) -> None:
     assert separate_axis(current, new, force) == expected
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+@pytest.mark.parametrize("order_z", [0, 1, 3])
+@pytest.mark.parametrize("new", [(90, 9, 13), (17, 30, 11), (61, 14, 9), (61, 9, 11)])
+def test_slabs_of_planes_do_not_show(monkeypatch: pytest.MonkeyPatch, new, order_z, axis) -> None:
+    values = np.random.default_rng(5).normal(size=(1, 61, 14, 11)).astype(np.float32)
+    recipe = ResamplingRecipe(order=3, order_z=order_z)
+    whole = resample_image(values, new, recipe, axis)
+    monkeypatch.setattr("medmamba.preprocessing.resample_planes.SOURCE_BYTES", 8 * 14 * 11 * 3)
+    np.testing.assert_allclose(resample_image(values, new, recipe, axis), whole, atol=1e-6)
