@@ -7,6 +7,7 @@ through pydantic, so an unknown key or a wrong type is an error that names the k
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -19,10 +20,16 @@ from typing import Any, TextIO, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from medmamba.errors import EnvironmentFault, MedMambaError
+from medmamba.failpoints import failpoint
 
 T = TypeVar("T")
 
 TEMPORARY_PREFIX = ".mm-tmp-"
+
+PROCESS_TOKEN = uuid.uuid4().hex[:12]
+"""Part of the names of all temporary files of this process, so that another can remove them."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 RECORD_CONFIG = ConfigDict(extra="forbid", frozen=True)
 """Set as ``__pydantic_config__`` on dataclasses that go to JSON: unknown keys are errors."""
@@ -44,30 +51,61 @@ def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         EnvironmentFault: the folder cannot be written or the disk is full.
     """
-    # The suffixes are kept because some writers choose their format by them.
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        failpoint("before_open", path.name)
         write(temporary)
+        failpoint("mid_write", path.name, spoil=lambda: _cut_in_half(temporary))
+        failpoint("before_fsync", path.name)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
+        failpoint("after_fsync", path.name)
         temporary.replace(path)
+        failpoint("after_replace", path.name)
         sync_folder(path.parent)
+        failpoint("after_folder_sync", path.name)
     except OSError as error:
-        raise EnvironmentFault(
-            f"{path}: cannot be written ({error.strerror or error}). "
-            "Check permissions and free space of the folder.",
-            code="E_IO_WRITE",
-        ) from error
+        raise not_writable(path, error) from error
     finally:
         # Where the folder itself is at fault there is nothing to remove, and the error is known.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run was writing in ``folder``; nobody else may be writing there."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+def temporary_path(path: Path) -> Path:
+    """Return a new name beside ``path`` for what will be renamed to it."""
+    # The suffixes are kept because some writers choose their format by them.
+    return path.with_name(f"{TEMPORARY_PREFIX}{PROCESS_TOKEN}-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def not_writable(path: Path, error: OSError, *, code: str = "E_IO_WRITE") -> EnvironmentFault:
+    """Return the error to raise where writing ``path`` failed: a full disk, or ``code``."""
+    if error.errno in NO_SPACE:
+        return EnvironmentFault(
+            f"{path}: the disk is full ({error.strerror}). Make room and run again; what is "
+            "finished is kept.",
+            code="E_IO_NOSPACE",
+        )
+    return EnvironmentFault(
+        f"{path}: cannot be written ({error.strerror or error}). "
+        "Check the folder, its permissions and its disk.",
+        code=code,
+    )
+
+
+def _cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def remove_leftovers(folder: Path, token: str = "") -> None:
+    """Delete what a killed process was writing in ``folder``.
+
+    Args:
+        folder: where.
+        token: the `PROCESS_TOKEN` of that process; without it nobody else may be writing there.
+    """
+    for path in folder.glob(f"{TEMPORARY_PREFIX}{token}*"):
         path.unlink(missing_ok=True)
 
 
@@ -88,17 +126,13 @@ def require_writable_folder(folder: Path) -> Path:
     Raises:
         EnvironmentFault: it cannot.
     """
-    probe = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-probe"
+    probe = temporary_path(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may be sweeping
     except OSError as error:
-        raise EnvironmentFault(
-            f"{folder}: cannot be written ({error.strerror or error}). "
-            "Choose another output folder or change its permissions.",
-            code="E_OUT_NOT_WRITABLE",
-        ) from error
+        raise not_writable(folder, error, code="E_OUT_NOT_WRITABLE") from error
     return folder
 
 

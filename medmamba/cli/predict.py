@@ -77,6 +77,30 @@ def predict(
         int | None,
         typer.Option("--max-failures", min=1, help="Stop after so many cases without a mask."),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout-per-case",
+            min=0.1,
+            metavar="SECONDS",
+            help="Give up a case that takes longer.",
+        ),
+    ] = None,
+    grace: Annotated[
+        float,
+        typer.Option(
+            "--grace",
+            min=0.0,
+            metavar="SECONDS",
+            help="After a stop signal, finish a case that needs no longer than this.",
+        ),
+    ] = 20.0,
+    in_process: Annotated[
+        bool,
+        typer.Option(
+            "--in-process", help="No worker process: a crash of the network then ends the run."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -107,6 +131,9 @@ def predict(
         shard=shard,
         fail_on=fail_on,
         max_failures=max_failures,
+        timeout_per_case=timeout,
+        grace_s=grace,
+        supervised=not in_process,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
 from medmamba.dataset import Case, load_case
-from medmamba.errors import GeometryError, InputError, MedMambaError
+from medmamba.errors import EnvironmentFault, GeometryError, InputError, MedMambaError
+from medmamba.failpoints import failpoint
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest
 from medmamba.inference.job import CasePredictor, Job, Segmented
 from medmamba.inference.ledger import SEGMENTATION_SUFFIX, Ledger
@@ -88,6 +90,7 @@ class CaseWork:
         """Decide whether there is work to do, and bring the case to the working grid."""
         job = Job(case=case)
         with _Guard(self, job, "read"):
+            failpoint("before_case", case.id)
             job.inputs = identify(case.images)
             job.key = work_key(job.inputs, self._ledger.model, self._ledger.parameters)
             job.record = self._ledger.kept(case, job.key)
@@ -120,6 +123,7 @@ class CaseWork:
             return job
         with _Guard(self, job, "infer"), job.watch.time("infer"):
             assert job.prepared is not None
+            failpoint("before_infer", job.case.id)
             job.inferred = self._predictor.infer(
                 job.prepared, on_tiles=self._watch(job.case.id, drain)
             )
@@ -141,6 +145,7 @@ class CaseWork:
         if job.over:
             return job
         with _Guard(self, job, "export"):
+            failpoint("before_export", job.case.id)
             assert job.inferred is not None
             assert job.header is not None
             with job.watch.time("restore"):
@@ -155,22 +160,22 @@ class CaseWork:
         return self._ledger.end(job, status, error)
 
     def _commit(self, job: Job, found: Segmented, header: SourceHeader) -> None:
-        case, labels = job.case, found.labels
-        path = self._ledger.folder / f"{case.id}{mask_suffix(header)}"
-        self._ledger.clear(case.id, keep=path.name)
         label_map = self._predictor.label_map
-        stored = labels_on_file_grid(labels, header)
-        with job.watch.time("write"):
-            segmentation = self._write_segmentation(case, stored, header)
-            write_labels(path, labels, header, label_names=dict(label_map.foreground))
-        output = describe_file(path)
+        stored = labels_on_file_grid(found.labels, header)
         statistics = describe_labels(
             stored, header.geometry, label_map, found.confidence, found.usual
         )
-        job.record = self._ledger.record(
-            job, output=output, segmentation=segmentation, labels=statistics
-        )
-        self._ledger.store(job.record)
+        path = self._ledger.folder / f"{job.case.id}{mask_suffix(header)}"
+        with self._ledger.lock():
+            self._ledger.clear(job.case.id, keep=path.name)
+            with job.watch.time("write"):
+                segmentation = self._write_segmentation(job.case, stored, header)
+                write_labels(path, found.labels, header, label_names=dict(label_map.foreground))
+            output = _describe_written(path)
+            job.record = self._ledger.record(
+                job, output=output, segmentation=segmentation, labels=statistics
+            )
+            self._ledger.store(job.record)
 
     def _write_segmentation(
         self, case: Case, stored: NDArray[Any], header: SourceHeader
@@ -187,7 +192,23 @@ class CaseWork:
             algorithm=self._ledger.model.name,
             gate=self._gate,
         )
+        return _describe_written(path)
+
+
+def _describe_written(path: Path) -> OutputFile:
+    """Describe a file just written.
+
+    Raises:
+        EnvironmentFault: another run took it away, which happens where folders have no locks.
+    """
+    try:
         return describe_file(path)
+    except FileNotFoundError as error:
+        raise EnvironmentFault(
+            f"{path.name}: vanished after it was written; another run works on the same case in "
+            "the same folder. Run again when it has ended.",
+            code="E_OUT_SHARED",
+        ) from error
 
 
 def _note_padding(

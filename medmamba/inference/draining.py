@@ -22,7 +22,7 @@ class DrainRequest:
 
     def __init__(self, grace_s: float) -> None:
         self.signal_number: int | None = None
-        self._grace_s = grace_s
+        self.grace_s = grace_s
 
     @property
     def requested(self) -> bool:
@@ -42,7 +42,7 @@ class DrainRequest:
         """
         if not self.requested or done >= total:
             return
-        if elapsed_s / max(1, done) * (total - done) > self._grace_s:
+        if elapsed_s / max(1, done) * (total - done) > self.grace_s:
             raise CaseAbandonedError
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -89,6 +90,7 @@ def predict_cases(
     fail_on: FailOn = "any",
     max_failures: int | None = None,
     grace_s: float = DEFAULT_GRACE_S,
+    drain: DrainRequest | None = None,
     prefetch_bytes: int = PREFETCH_BYTES,
     gate: Gate = DEFAULT_GATE,
     segments: Sequence[SegmentLabel] = (),
@@ -110,6 +112,7 @@ def predict_cases(
         fail_on: which failures show in the exit code.
         max_failures: stop after so many cases without a mask.
         grace_s: a case that will be done within this time after a signal is finished.
+        drain: whether the run is asked to end, where the caller handles signals.
         prefetch_bytes: memory up to which the next case is read ahead.
         gate: limits and permissions of reading.
         segments: names, codes and colours of what DICOM outputs hold; by label names when empty.
@@ -128,16 +131,22 @@ def predict_cases(
         overwrite=overwrite,
     )  # fmt: skip
     work = CaseWork(ledger, predictor, gate=gate, segments=segments, on_tiles=on_tiles)
-    if isinstance(cases, Sequence):
-        total = len(cases) + len(rejected)
+    total = count_work(cases, rejected, total)
     tally = Tally(total, on_case=on_case, max_failures=max_failures)
-    with run, drain_on_signals(grace_s) as drain:
+    with run, nullcontext(drain) if drain else drain_on_signals(grace_s) as drain:
         run.log("started", cases=total, rejected=len(rejected), shard=shard)
         _work_through(work, chain(rejected, cases), ledger, tally, drain, prefetch_bytes)
         exit_code = drain.exit_code or tally.exit_code(fail_on)
         context = {"model": model, "parameters": parameters, "overwrite": overwrite}
         run.finish(records_of_run(folder, run.run_id), context=context, exit_code=exit_code)
     return tally.outcome(run, folder, exit_code)
+
+
+def count_work(
+    cases: Iterable[Work], rejected: Sequence[Rejection], total: int | None
+) -> int | None:
+    """Return how many cases are asked for; of a stream, what its giver knows."""
+    return len(cases) + len(rejected) if isinstance(cases, Sequence) else total
 
 
 def prepare_folder(cases: Iterable[Work], folder: Path) -> None:

@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from medmamba import __version__
-from medmamba.errors import EnvironmentFault
-from medmamba.files import TEMPORARY_PREFIX, replace_csv, to_json, write_atomic
+from medmamba.errors import UsageError
+from medmamba.failpoints import failpoint
+from medmamba.files import TEMPORARY_PREFIX, not_writable, replace_csv, to_json, write_atomic
 from medmamba.inference.records import CommitRecord
 
 RUNS_FOLDER = "run"
@@ -80,13 +81,19 @@ class Run:
         self._previous = ""
         self._lock = threading.Lock()
         self._started = datetime.now(UTC)
+        if (folder / RUNS_FOLDER).is_symlink():
+            raise UsageError(
+                f"output folder {folder}: '{RUNS_FOLDER}' in it is a symbolic link, through which "
+                "nothing is written. Remove the link or choose another folder."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal.touch()
             marker = f"{platform.node()} {os.getpid()}"
             (self.folder / LIVE_MARKER).write_text(marker, encoding="utf-8")
+            failpoint("run_opened")
         except OSError as error:
-            raise _not_writable(self.folder, error) from error
+            raise not_writable(self.folder, error, code="E_OUT_NOT_WRITABLE") from error
 
     def __enter__(self) -> "Run":
         return self
@@ -97,6 +104,7 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        failpoint("before_end")
         (self.folder / LIVE_MARKER).unlink(missing_ok=True)
 
     def log(self, event: str, **values: Any) -> None:
@@ -107,15 +115,18 @@ class Run:
         """
         with self._lock:
             entry = {"event": event, "time": _now(), **values, "previous": self._previous}
-            line = json.dumps(entry, ensure_ascii=False, sort_keys=True)
+            line = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode()
             try:
-                with self._journal.open("ab") as handle:
-                    handle.write(line.encode() + b"\n")
-                    handle.flush()
+                failpoint("before_journal_line", event)
+                with self._journal.open("ab", buffering=0) as handle:
+                    half = line[: len(line) // 2]
+                    failpoint("mid_journal_line", event, spoil=lambda: handle.write(half))
+                    handle.write(line + b"\n")
                     os.fsync(handle.fileno())
+                failpoint("after_journal_line", event)
             except OSError as error:
-                raise _not_writable(self._journal, error) from error
-            self._previous = hashlib.sha256(line.encode()).hexdigest()
+                raise not_writable(self._journal, error) from error
+            self._previous = hashlib.sha256(line).hexdigest()
 
     def set_aside(self, path: Path) -> None:
         """Move a mask that no record vouches for into the run's folder, as evidence."""
@@ -129,6 +140,7 @@ class Run:
         Which inputs became which output stands in the journal, whose last hash the manifest holds.
         """
         self.log("ended", exit_code=exit_code)
+        failpoint("before_summary")
         counts: Counter[str] = Counter()
         rows = (row for record in _counted(records, counts) for row in summary_rows([record]))
         replace_csv(self.folder / "summary.csv", SUMMARY_COLUMNS, rows)
@@ -143,6 +155,7 @@ class Run:
             "counts": dict(counts),
             "journal_sha256": self._previous,
         }
+        failpoint("before_manifest")
         write_atomic(self.folder / "manifest.json", to_json(manifest))
 
 
@@ -153,6 +166,7 @@ def set_aside(path: Path, run_folder: Path) -> None:
     # Another run in the same folder may have been faster.
     with contextlib.suppress(FileNotFoundError):
         path.replace(target)
+    failpoint("after_set_aside", path.name)
 
 
 def sweep_temporary_files(folder: Path) -> int:
@@ -224,11 +238,3 @@ def _counted(records: Iterable[CommitRecord], counts: Counter[str]) -> Iterator[
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _not_writable(path: Path, error: OSError) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"{path}: cannot be written ({error.strerror or error}). "
-        "Check permissions and free space of the output folder.",
-        code="E_OUT_NOT_WRITABLE",
-    )

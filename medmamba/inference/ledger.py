@@ -5,14 +5,17 @@ listing that turned it away, or the supervisor of a process that died over it. N
 """
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medmamba.dataset import Case, Rejection, safe_id
+from medmamba.failpoints import failpoint
 from medmamba.files import to_json, write_atomic
+from medmamba.inference.folder_lock import lock_folder
 from medmamba.inference.job import Job
-from medmamba.inference.journal import RunLog
+from medmamba.inference.journal import RUNS_FOLDER, RunLog
 from medmamba.inference.records import (
     CaseError,
     CommitRecord,
@@ -80,9 +83,14 @@ class Ledger:
     def end(self, job: Job, status: Status, error: CaseError) -> CommitRecord:
         """Record a case that has no mask; an old one is set aside, for it belongs to nothing."""
         record = self.record(job, failure=status, error=error)
-        self.clear(job.case.id)
-        self.store(record)
+        with self.lock():
+            self.clear(job.case.id)
+            self.store(record)
         return record
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other runs from committing into the same folder at the same moment."""
+        return lock_folder(self.folder / RUNS_FOLDER)
 
     def clear(self, case_id: str, *, keep: str = "") -> None:
         """Make the case count as not done, and set aside masks that no record vouches for.
@@ -99,6 +107,7 @@ class Ledger:
             mask = self.folder / f"{case_id}{suffix}"
             if mask.exists() and not mask.name == vouched == keep:
                 self.run.set_aside(mask)
+        failpoint("after_clear", case_id)
 
     def record(
         self,
@@ -135,6 +144,7 @@ class Ledger:
 
     def store(self, record: CommitRecord) -> None:
         """Commit a record, which must come after everything it speaks of."""
+        failpoint("before_record", record.case_id)
         write_atomic(self._record_path(record.case_id), to_json(record))
         code = record.error.code if record.error else ""
         output = record.output.sha256 if record.output else ""

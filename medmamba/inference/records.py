@@ -231,9 +231,10 @@ def still_holds(record: CommitRecord | None, folder: Path) -> bool:
 
 def _is_as_written(file: OutputFile, folder: Path) -> bool:
     path = folder / file.name
-    if not path.is_file() or path.stat().st_size != file.size_bytes:
+    try:
+        return path.stat().st_size == file.size_bytes and hash_file(path) == file.sha256
+    except OSError:  # absent, or another run has just set it aside
         return False
-    return hash_file(path) == file.sha256
 
 
 def describe_file(path: Path) -> OutputFile:

@@ -1,6 +1,8 @@
 """predict(): masks for new images from a model folder."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +12,7 @@ from medmamba.dataset import CaseListing, find_cases
 from medmamba.dataset.shards import parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
+from medmamba.inference.draining import DEFAULT_GRACE_S, drain_on_signals
 from medmamba.io.dicom_seg import SegmentLabel
 from medmamba.plans.plan import ConfigurationPlan
 
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from medmamba.inference.engine import OnCase, PredictionRun
     from medmamba.inference.ensemble import EnsemblePredictor
     from medmamba.inference.predictor import Predictor
+    from medmamba.inference.worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
 
 MIXED_PRECISION = ("bf16", "fp16")
 
@@ -77,6 +83,9 @@ def predict(
     shard: str | None = None,
     fail_on: Literal["any", "all", "never"] = "any",
     max_failures: int | None = None,
+    timeout_per_case: float | None = None,
+    grace_s: float = DEFAULT_GRACE_S,
+    supervised: bool = True,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> PredictOutcome:
@@ -96,6 +105,9 @@ def predict(
         shard: ``INDEX/COUNT`` does one share of the cases, ``auto`` that of a Slurm array task.
         fail_on: which failures show in the exit code: any, only if all cases fail, or none.
         max_failures: stop after so many cases without a mask.
+        timeout_per_case: give up a case that takes more seconds than this; needs supervision.
+        grace_s: after a signal, a case that needs no longer than this is finished.
+        supervised: run the model in a child process, whose death costs no more than a case.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
 
@@ -106,37 +118,82 @@ def predict(
     """
     from medmamba.inference.engine import predict_cases
     from medmamba.inference.records import ModelIdentity
+    from medmamba.inference.supervision import predict_supervised
+    from medmamba.inference.worker import WorkerSetup
 
     if not 0 < step <= 1:
         raise UsageError(f"step {step}: a fraction of the patch, above 0 and at most 1.")
-    bundle = load_bundle(Path(model))
-    listing = find_cases(
-        Path(images),
-        channels=len(bundle.manifest.channels),
-        file_ending=bundle.plan.file_ending or None,
-    )
-    if shard is not None:
-        listing = parse_shard(shard).of(listing)
-    require_writable_folder(Path(output))
-    predictor = make_predictor(
-        bundle, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
-        workers=workers,
-    )  # fmt: skip
-    if on_message is not None:
-        on_message(_describe(bundle, listing, predictor))
-    run = predict_cases(
-        listing.cases,
-        Path(output),
-        predictor,
-        model=ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256),
-        rejected=listing.rejected,
-        overwrite=overwrite,
-        fail_on=fail_on,
-        max_failures=max_failures,
-        segments=segments_of(bundle.manifest),
-        on_case=on_case,
-    )
+    options: dict[str, Any] = {
+        "mirror": mirror, "step": step, "precision": precision, "device": device,
+        "compat": compat, "workers": workers,
+    }  # fmt: skip
+    with drain_on_signals(grace_s) as drain, _workers(supervised, timeout_per_case) as start:
+        bundle = load_bundle(Path(model))
+        listing = find_cases(
+            Path(images),
+            channels=len(bundle.manifest.channels),
+            file_ending=bundle.plan.file_ending or None,
+        )
+        if shard is not None:
+            listing = parse_shard(shard).of(listing)
+        folder = require_writable_folder(Path(output))
+        identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
+        segments = segments_of(bundle.manifest)
+        books: dict[str, Any] = {
+            "rejected": listing.rejected, "fail_on": fail_on, "max_failures": max_failures,
+            "on_case": on_case,
+        }  # fmt: skip
+
+        def announce(settings: str) -> None:
+            if on_message is not None:
+                on_message(_describe(bundle, listing, settings))
+
+        if start is None:
+            predictor = make_predictor(bundle, **options)
+            announce(describe_settings(predictor))
+            run = predict_cases(
+                listing.cases, folder, predictor, model=identity, overwrite=overwrite,
+                segments=segments, drain=drain, **books,
+            )  # fmt: skip
+        else:
+            setup = WorkerSetup(
+                folder=folder, model=identity, overwrite=overwrite, segments=segments,
+                options={"bundle": str(bundle.folder), **options}, grace_s=drain.grace_s,
+                log_level=logging.getLogger().getEffectiveLevel(),
+            )  # fmt: skip
+            run = predict_supervised(
+                listing.cases, setup, start, drain, timeout_s=timeout_per_case,
+                on_ready=lambda about: announce(about["settings"]), **books,
+            )  # fmt: skip
     return PredictOutcome(run=run)
+
+
+@contextmanager
+def _workers(
+    supervised: bool, timeout_s: float | None
+) -> "Iterator[Callable[[], WorkerProcess] | None]":
+    """Give what starts worker processes; the first is started at once.
+
+    It loads torch while the inputs are looked at.
+    """
+    from medmamba.inference.worker_process import WorkerProcess, can_start_workers, worker_command
+    from medmamba.pipeline.prediction_worker import MODULE
+
+    if supervised and not can_start_workers():
+        logger.warning("no Python to start a worker process with: a crash will end the whole run")
+        supervised = False
+    if not supervised:
+        if timeout_s is not None:
+            raise UsageError("a timeout per case needs a worker process that can be ended.")
+        yield None
+        return
+    command = worker_command(MODULE)
+    first = WorkerProcess(command)
+    unused = [first]
+    try:
+        yield lambda: unused.pop() if unused else WorkerProcess(command)
+    finally:
+        first.close()
 
 
 def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
@@ -226,11 +283,16 @@ def _member(
     return stage(load_networks(bundle), bundle.configuration, first)
 
 
-def _describe(bundle: Bundle, listing: CaseListing, predictor: "EnsemblePredictor") -> str:
+def describe_settings(predictor: "EnsemblePredictor") -> str:
+    """Say where and how a predictor computes."""
     settings = predictor.settings
     flips = "with mirroring" if settings.mirror_axes else "without mirroring"
+    return f"on {settings.device} in {settings.precision}, {flips}"
+
+
+def _describe(bundle: Bundle, listing: CaseListing, settings: str) -> str:
     rejected = f" ({len(listing.rejected)} rejected)" if listing.rejected else ""
     return (
         f"predicting {len(listing.cases)} cases{rejected} with {bundle.manifest.name} "
-        f"(fold {', '.join(bundle.folds)}) on {settings.device} in {settings.precision}, {flips}"
+        f"(fold {', '.join(bundle.folds)}) {settings}"
     )

@@ -62,8 +62,10 @@ def medmamba(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
-def predict(medmamba, images: Path, output: Path, model: Path) -> tuple[int, dict]:
-    code, out, _ = medmamba("predict", "-i", images, "-o", output, "-m", model, "--json")
+def predict(medmamba, images: Path, output: Path, model: Path, *options: str) -> tuple[int, dict]:
+    """Predict in this process, which is quicker; ``test_process`` has what concerns the worker."""
+    code, out, _ = medmamba("predict", "-i", images, "-o", output, "-m", model, "--json",
+                            *(options or ["--in-process"]))  # fmt: skip
     return code, {item["case_id"]: item for item in json.loads(out)["cases"]}
 
 
@@ -160,16 +162,20 @@ def test_names_that_collide_are_both_rejected(model, images, medmamba, tmp_path)
     assert records["case0"]["status"] == "ok"
 
 
-@pytest.mark.parametrize("name", ["-lead", "with space", "ümlaut 🧠", "=cmd()", "x" * 200,
-                                  "<script>alert(1)<script>"])  # fmt: skip
-def test_odd_names_get_safe_ones(name, model, images, medmamba, tmp_path) -> None:
-    (images / f"{name}_0000.nii.gz").write_bytes(packed(nifti(voxels(3))))
+ODD_NAMES = ("-lead", "with space", "ümlaut 🧠", "=cmd()", "x" * 200, "<script>alert(1)<script>")
+
+
+def test_odd_names_get_safe_ones(model, images, medmamba, tmp_path) -> None:
+    for name in ODD_NAMES:
+        (images / f"{name}_0000.nii.gz").write_bytes(packed(nifti(voxels(3))))
     code, records = predict(medmamba, images, tmp_path / "out", model)
     assert code == 0
-    (made,) = [key for key in records if key not in ("case0", "case1")]
-    assert (tmp_path / "out" / f"{made}.nii.gz").is_file()
-    assert made[0].isalnum()
-    assert all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in made)
+    made = [key for key in records if key not in ("case0", "case1")]
+    assert len(made) == len(ODD_NAMES)
+    for key in made:
+        assert (tmp_path / "out" / f"{key}.nii.gz").is_file()
+        assert key[0].isalnum()
+        assert all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in key)
 
 
 @pytest.mark.parametrize(("when", "expected"), [("any", 4), ("all", 0), ("never", 0)])
@@ -178,7 +184,16 @@ def test_the_exit_code_says_what_was_asked_for(
 ) -> None:
     (images / "bad_0000.nii.gz").write_bytes(b"")
     code, _, _ = medmamba(
-        "predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--fail-on", when
+        "predict",
+        "-i",
+        images,
+        "-o",
+        tmp_path / "out",
+        "-m",
+        model,
+        "--fail-on",
+        when,
+        "--in-process",
     )
     assert code == expected
 
@@ -245,6 +260,20 @@ def test_personal_data_reach_no_output(model, medmamba, tmp_path) -> None:
             assert word.encode() not in data, (path, word)
 
 
+# Importing pydicom imports urllib3, which looks whether the machine has IPv6 by making a socket;
+# nothing may ever be sent or listened for.
+REFUSE_SOCKETS = """
+import os, socket
+def refuse(*_, **__):
+    os._exit(99)
+class Refused(socket.socket):
+    connect = connect_ex = listen = send = sendall = sendto = refuse
+socket.socket = Refused
+socket.create_connection = refuse
+open(os.environ["MARKER"], "w").close()
+"""
+
+
 def test_no_socket_is_opened(model, images, medmamba, tmp_path, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
@@ -252,3 +281,11 @@ def test_no_socket_is_opened(model, images, medmamba, tmp_path, monkeypatch) -> 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     assert predict(medmamba, images, tmp_path / "out", model)[0] == 0
+    # The worker imports what this process can, and so its sitecustomize.
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(REFUSE_SOCKETS)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    marker = tmp_path / "imported"
+    monkeypatch.setenv("MARKER", str(marker))
+    assert predict(medmamba, images, tmp_path / "out2", model, "--tta")[0] == 0
+    assert marker.exists()

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from dicom_phantom import SENTINEL, localizer, make_series, phantom, save
-from test_engine import MODEL, ThresholdPredictor
+from fakes import MODEL, ThresholdPredictor
 
 from medmamba.dataset import find_cases
 from medmamba.errors import UsageError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import MODEL, ThresholdPredictor, image
 from PIL import Image
-from test_engine import MODEL, ThresholdPredictor, image
 
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import UsageError
