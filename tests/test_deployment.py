@@ -1,8 +1,11 @@
 """What clusters are given: files that parse, call commands that exist, follow the exit codes."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,36 @@ def test_the_image_ends_as_another_user_than_root() -> None:
     assert last["runtime"][-1] == "10001"
     assert last["cuda"][-1] == "10001"
     assert last["cpu"] == []
+
+
+@pytest.fixture
+def entry_point():
+    """The image's entry point, with a program that shows what it was called with."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        place = Path(folder)
+        place.chmod(0o755)
+        shutil.copy(DOCKER / "entrypoint.sh", place)
+        (place / "medmamba").write_text('#!/bin/sh\necho "$(umask) $*"\n')
+        (place / "medmamba").chmod(0o755)
+
+        def run(*arguments: str, user: int) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                ["/bin/sh", place / "entrypoint.sh", *arguments],
+                capture_output=True, text=True, check=False, cwd="/",
+                user=user if os.geteuid() == 0 else None, env={"PATH": f"{place}:/usr/bin:/bin"},
+            )  # fmt: skip
+
+        yield run
+
+
+def test_the_image_runs_for_any_user_and_shows_masks_to_nobody_else(entry_point) -> None:
+    result = entry_point("predict", "-i", "/in", user=12345)
+    assert (result.returncode, result.stdout) == (0, "0077 predict -i /in\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be refused for being root")
+def test_the_image_refuses_root_unless_told_otherwise(entry_point) -> None:
+    result = entry_point("predict", user=0)
+    assert result.returncode == 6
+    assert "root" in result.stderr
+    assert entry_point("--allow-root", "predict", user=0).stdout == "0077 predict\n"
