@@ -30,8 +30,8 @@ from medmamba.networks.spec import NetworkSpec
 from medmamba.pipeline.validating import read_validation
 from medmamba.plans.nnunet_schema import load_plan
 from medmamba.plans.plan import ConfigurationPlan, Plan
-from medmamba.training.progress import read_log
 from medmamba.training.recipe import TrainingRecipe
+from medmamba.training.run_files import read_log
 from medmamba.training.sampling import Batch
 from medmamba.training.stepping import Stepper
 from medmamba.training.trainer import LOG
