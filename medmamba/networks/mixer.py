@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medmamba.networks.blocks import convolution
+from medmamba.networks.channels_last import depthwise_conv
 from medmamba.networks.spec import Mixer
 from medmamba.networks.ssm import Mamba
 
@@ -54,9 +55,9 @@ class DepthwiseMixer(nn.Module):
 
     def forward(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
         """Return (batch, length, channels)."""
-        inner = self.in_proj(tokens).unflatten(1, tuple(shape)).movedim(-1, 1)
-        mixed = functional.silu(self.conv(inner))
-        y: Tensor = self.out_proj(mixed.movedim(1, -1).flatten(1, -2))
+        inner = self.in_proj(tokens).unflatten(1, tuple(shape))
+        mixed = functional.silu(depthwise_conv(inner, self.conv.weight, self.conv.bias))
+        y: Tensor = self.out_proj(mixed.flatten(1, -2))
         return y
 
 
