@@ -10,7 +10,7 @@ Shapes: tokens (batch, length, channels), in raster order of a map of spatial ``
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class DepthwiseMixer(nn.Module):
     def forward(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
         """Return (batch, length, channels)."""
         inner = self.in_proj(tokens).unflatten(1, tuple(shape))
-        mixed = functional.silu(depthwise_conv(inner, self.conv.weight, self.conv.bias))
+        conv = cast(nn.Conv3d, self.conv)
+        mixed = functional.silu(depthwise_conv(inner, conv.weight, conv.bias))
         y: Tensor = self.out_proj(mixed.flatten(1, -2))
         return y
 
