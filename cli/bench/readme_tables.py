@@ -3,12 +3,13 @@
 python cli/bench/readme_tables.py [--networks]
 
 `--networks` counts the networks anew first (as `medmamba info networks`, a minute). The other
-figures come from cli/bench/short_run.py and kernels/bench/networks.py, which need a machine of
+figures come from cli/bench/short_run.py, cli/bench/ten_minutes.py and kernels/bench/networks.py, which need a machine of
 their own to be worth printing.
 """
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 NETWORKS = ROOT / "cli" / "bench" / "results" / "networks.json"
 SHORT_RUNS = ROOT / "cli" / "bench" / "results" / "short_runs.json"
+TEN_MINUTES = ROOT / "cli" / "bench" / "results" / "ten_minutes.json"
 SCAN = ROOT / "kernels" / "bench" / "results" / "networks.json"
 
 
@@ -82,6 +84,24 @@ def short_runs(results: dict[str, Any]) -> str:
     return table([*columns, f"{cases} cases from a cold start"], rows)
 
 
+def ten_minutes(results: dict[str, Any]) -> str:
+    """Programs under one budget, several seeds each."""
+    rows = []
+    for program in dict.fromkeys(run["program"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["program"] == program]
+        dice = [run["dice"] for run in runs]
+        name = f"nnunetv2 {results['machine']['packages']['nnunetv2']}, its own trainer"
+        rows.append(
+            [
+                name if program == "nnunet" else f"medmamba, `{program}`",
+                f"{statistics.mean(dice):.3f}",
+                " ".join(f"{value:.3f}" for value in dice),
+                f"{statistics.median(run['steps'] for run in runs):.0f}",
+            ]
+        )
+    return table(["program", "mean foreground Dice", "each seed", "steps"], rows)
+
+
 def scan(results: dict[str, Any]) -> str:
     """The compiled scan against the step-by-step one, through whole networks."""
     rows = [
@@ -103,6 +123,7 @@ def scan(results: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[Path, Callable[[Any], str]]] = {
     "networks": (NETWORKS, networks),
     "short runs": (SHORT_RUNS, short_runs),
+    "ten minutes": (TEN_MINUTES, ten_minutes),
     "scan": (SCAN, scan),
 }
 

@@ -197,11 +197,12 @@ class Experiment:
         return {"steps": last["iteration"], "seconds": last["elapsed_s"]}
 
 
-def describe_machine(cores: int, slots: int) -> dict:
+def describe_machine(cores: int, slots: int, programs: list[str]) -> dict:
     """Say where this ran."""
     text = Path("/proc/cpuinfo").read_text()
     model = next(line.split(":")[1].strip() for line in text.splitlines() if "model name" in line)
-    packages = {name: version(name) for name in ("medmamba", "torch")}
+    names = ["medmamba", "torch", *(["nnunetv2"] if "nnunet" in programs else [])]
+    packages = {name: version(name) for name in names}
     return {
         "processor": model,
         "architecture": platform.machine(),
@@ -257,9 +258,11 @@ def main() -> None:
         experiment.prepare(arguments.programs, first)
         jobs = [(program, seed) for seed in arguments.seeds for program in arguments.programs]
         runs, slots = collect(experiment, jobs, arguments.cores)
-    machine = describe_machine(arguments.cores, slots)
+    machine = describe_machine(arguments.cores, slots, arguments.programs)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+        settings = {"minutes": arguments.minutes, "fold": arguments.fold}
+        results = {"machine": machine, **settings, "runs": runs}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     where = (
         "12 test cases" if arguments.fold == "all" else f"validation cases of fold {arguments.fold}"
     )
