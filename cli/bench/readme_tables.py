@@ -3,8 +3,8 @@
 python cli/bench/readme_tables.py [--networks]
 
 `--networks` counts the networks anew first (as `medmamba info networks`, a minute). The other
-figures come from cli/bench/short_run.py, cli/bench/ten_minutes.py and kernels/bench/networks.py, which need a machine of
-their own to be worth printing.
+figures come from cli/bench/short_run.py, cli/bench/ten_minutes.py and kernels/bench/networks.py,
+which need a machine of their own to be worth printing.
 """
 
 import argparse
