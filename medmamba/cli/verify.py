@@ -34,7 +34,7 @@ def verify(
 
     if any((folder / MANIFEST_FILE).is_file() for folder in (place, place / MODEL_FOLDER)):
         raise typer.Exit(_verify_model(place, as_json=as_json))
-    if not place.is_dir() or not any(place.glob("*.json")):
+    if not place.is_dir() or not any(place.glob("[!.]*.json")):
         raise UsageError(
             f"{place}: {'is no model and no output' if place.exists() else 'does not exist'} (no "
             f"{MANIFEST_FILE} there or in {MODEL_FOLDER}/, and no record CASE.json). Give a model "

@@ -15,6 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -177,7 +178,8 @@ def sweep_temporary_files(folder: Path) -> int:
     alive = any(_is_alive(marker) for marker in folder.glob(f"{RUNS_FOLDER}/*/{LIVE_MARKER}"))
     oldest = time.time() - STALE_AFTER_S if alive else float("inf")
     removed = 0
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+    places = (f"{TEMPORARY_PREFIX}*", f"{RUNS_FOLDER}/*/{TEMPORARY_PREFIX}*")
+    for path in chain.from_iterable(folder.glob(place) for place in places):
         try:
             if path.is_file() and path.stat().st_mtime < oldest:
                 path.unlink()

@@ -44,7 +44,8 @@ def verify_output(folder: Path) -> tuple[OutputState, ...]:
     Raises:
         UsageError: there is no folder, or no record in it.
     """
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    # What begins with a dot is a file that a killed run was writing; the next run removes it.
+    paths = sorted(folder.glob("[!.]*.json")) if folder.is_dir() else []
     if not paths:
         raise UsageError(
             f"{folder}: {'holds no record (CASE.json)' if folder.is_dir() else 'is no folder'}. "

@@ -63,7 +63,7 @@ def write_report(
     """
     records = [
         record
-        for path in sorted(folder.glob("*.json"))
+        for path in sorted(folder.glob("[!.]*.json"))
         if (record := read_record(path)) is not None
     ]
     if not records:

@@ -360,67 +360,6 @@ def test_a_case_that_would_outlast_the_grace_period_is_abandoned(tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from fakes import MODEL, ThresholdPredictor
-from medmamba.inference import casework, ledger
-from medmamba.dataset import find_cases
-from medmamba.inference.engine import predict_cases
-from medmamba.inference.job import Segmented
-from pathlib import Path
-
-calls = {{"n": 0}}
-
-def deadly(module, name):
-    original = getattr(module, name)
-    def killer(*arguments, **options):
-        calls["n"] += 1
-        if calls["n"] == {at}:
-            if {after}:
-                original(*arguments, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-    setattr(module, name, killer)
-
-deadly({module}, {name!r})
-cases = find_cases(Path({source!r}), channels=1).cases
-predict_cases(cases, Path({out!r}), ThresholdPredictor(), model=MODEL)
-"""
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "after"),
-    [
-        ("casework", "write_labels", False),
-        ("casework", "write_labels", True),
-        ("ledger", "write_atomic", True),
-    ],
-)
-def test_a_killed_run_is_completed_to_the_same_bytes(
-    tmp_path: Path, module: str, name: str, after: bool
-) -> None:
-    cases = [image(tmp_path / "in", case, seed=i) for i, case in enumerate("abc")]
-    predict_cases(cases, tmp_path / "whole", ThresholdPredictor(), model=MODEL)
-    program = KILLED.format(
-        tests=str(Path(__file__).parent),
-        at=2,
-        after=after,
-        module=module,
-        name=name,
-        source=str(tmp_path / "in"),
-        out=str(tmp_path / "out"),
-    )
-    killed = subprocess.run([sys.executable, "-c", program], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    for path in (tmp_path / "out").glob("*.json"):
-        record = read_record(path)
-        assert record is not None, "a record is whole or absent"
-        assert (tmp_path / "out" / f"{path.stem}.nii.gz").exists(), "a record follows its mask"
-    predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
 def test_a_mask_that_cannot_be_written_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
