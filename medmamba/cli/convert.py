@@ -143,6 +143,47 @@ def dicom_to_nifti(
     print(f"{output}: {width} x {height} x {depth} voxels")
 
 
+@convert.command("seg-to-dicom", epilog=examples_of("convert seg-to-dicom"))
+def seg_to_dicom(
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Labels on the series' grid.")],
+    series: Annotated[
+        Path,
+        typer.Argument(metavar="SERIES", help="Folder or zip archive of the DICOM series."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="DICOM file to write (.dcm).")
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Model with the names and codes of the labels."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels", metavar="FILE", help="dataset.json, or a JSON map name -> value, instead."
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", help="What made the mask (default: the model's name)."),
+    ] = None,
+) -> None:
+    """Write a mask as a DICOM segmentation object (BINARY) of the series it was made from.
+
+    The mask may be stored along other axes; it is turned to the series' planes, never resampled.
+    Of patient and study only what the standard requires is copied.
+    """
+    from medmamba.pipeline.segmentations import seg_to_dicom as run_seg_to_dicom
+
+    segments = run_seg_to_dicom(
+        mask, series, output, model=model, labels=labels, algorithm=algorithm
+    )
+    print(f"{output}: {len(segments)} segments ({', '.join(item.name for item in segments[:6])}"
+          f"{', ...' if len(segments) > 6 else ''})")  # fmt: skip
+
+
 def _require_free(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise UsageError(f"{folder}: exists. Give another --output, or --overwrite to replace it.")

@@ -40,6 +40,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
          "--device cuda:0"),
         ("Share 3 of 8 of an archive", "predict -i images -o masks -m model --shard 3/8"),
         ("The labels that nnU-Net gives", "predict -i images -o masks -m model --tta --compat"),
+        (
+            "Every phase of mixed DICOM series",
+            "predict -i studies -o masks -m model --split-acquisitions",
+        ),
         ("A summary for a script", "predict -i images -o masks -m model --json"),
     ),
     "evaluate": (
@@ -120,6 +124,14 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "convert dicom-to-nifti": (
         ("A folder of slices", "convert dicom-to-nifti series -o image.nii.gz"),
         ("An archive of them", "convert dicom-to-nifti series.zip -o image.nii.gz"),
+    ),
+    "convert seg-to-dicom": (
+        ("A model's mask", "convert seg-to-dicom mask.nii.gz series -m model -o mask.dcm"),
+        (
+            "One that people drew",
+            "convert seg-to-dicom mask.nii.gz series --labels dataset.json --algorithm manual "
+            "-o mask.dcm",
+        ),
     ),
 }  # fmt: skip
 

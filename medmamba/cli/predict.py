@@ -101,6 +101,13 @@ def predict(
             "--in-process", help="No worker process: a crash of the network then ends the run."
         ),
     ] = False,
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split-acquisitions",
+            help="Make each acquisition of a mixed DICOM series a case of its own.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -134,6 +141,7 @@ def predict(
         timeout_per_case=timeout,
         grace_s=grace,
         supervised=not in_process,
+        split=split,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )

@@ -3,6 +3,7 @@
 Also which cases a path to predict means. Voxels are read through ``medmamba.io``.
 """
 
+from medmamba.dataset.acquisitions import split_acquisitions
 from medmamba.dataset.case import Case, Dataset, grid_difference, load_case
 from medmamba.dataset.inputs import CaseListing, Rejection, find_cases, safe_id
 from medmamba.dataset.problems import Problem, VerificationReport
@@ -37,6 +38,7 @@ __all__ = [
     "read_subjects",
     "safe_id",
     "shared_subjects",
+    "split_acquisitions",
     "split_for_fold",
     "verify",
     "write_splits",

@@ -35,11 +35,17 @@ class Case:
         id: name of the case in every output.
         images: one path per channel, or a single file that holds all channels.
         labels: label file, None when there is none.
+        acquisition: which part of a DICOM series it is; empty for the whole.
     """
 
     id: str
     images: tuple[Path, ...]
     labels: Path | None = None
+    acquisition: str = ""
+
+    def gate(self, gate: Gate) -> Gate:
+        """``gate`` as reading this case's images needs it."""
+        return replace(gate, acquisition=self.acquisition) if self.acquisition else gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,7 @@ def load_case(
         InputError: a file cannot be trusted, or the files do not belong together.
     """
     training = case.labels is not None
-    chosen = gate or (TRAINING_GATE if training else DEFAULT_GATE)
+    chosen = case.gate(gate or (TRAINING_GATE if training else DEFAULT_GATE))
     tolerance = TRAINING_TOLERANCE_VOXELS if training else CHANNEL_TOLERANCE_VOXELS
     image, header = _load_channels(
         case, chosen, tolerance=np.inf if allow_geometry_mismatch else tolerance

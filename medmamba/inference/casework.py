@@ -111,7 +111,7 @@ class CaseWork:
     def expected_bytes(self, case: Case) -> int:
         """Return the memory that reading a case will take, as far as its headers say."""
         try:
-            headers = [read_header(path, gate=self._gate) for path in case.images]
+            headers = [read_header(path, gate=case.gate(self._gate)) for path in case.images]
         except (MedMambaError, OSError):
             return 0  # reading it will say what is wrong
         voxels = sum(prod(header.geometry.shape) * header.channels for header in headers)
@@ -190,7 +190,7 @@ class CaseWork:
             case.images[0],
             self._segments,
             algorithm=self._ledger.model.name,
-            gate=self._gate,
+            gate=case.gate(self._gate),
         )
         return _describe_written(path)
 

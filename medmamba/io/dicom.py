@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from medmamba.io.dicom_geometry import place_planes
 from medmamba.io.dicom_pixels import read_planes
 from medmamba.io.dicom_series import Plane, Series, find_series
+from medmamba.io.dicom_split import part_of, parts_of
 from medmamba.io.header import Finding, Gate, SourceHeader
 
 FORMAT = "dicom"
@@ -48,10 +49,23 @@ def ordered_planes(path: Path, gate: Gate) -> tuple[Plane, ...]:
     return _located(path, gate)[0]
 
 
+def acquisitions(path: Path, gate: Gate) -> tuple[str, ...]:
+    """Names of the acquisitions in a series whose images are no volume together; else none.
+
+    Raises:
+        InputError: there is no series to judge.
+    """
+    return tuple(parts_of(find_series(path).planes, path.name, gate))
+
+
 def _located(path: Path, gate: Gate) -> tuple[tuple[Plane, ...], SourceHeader]:
     series = find_series(path)
-    planes, geometry, findings = place_planes(series.planes, path.name, gate)
+    chosen = part_of(series.planes, path.name, gate)
+    planes, geometry, findings = place_planes(chosen, path.name, gate)
     findings += _noticed(series)
+    if len(chosen) < len(series.planes):
+        text = f"{len(chosen)} of the series' {len(series.planes)} images: {gate.acquisition}."
+        findings.append(Finding(code="W_DCM_SPLIT", message=text))
     header = SourceHeader(
         format=FORMAT,
         suffix=MASK_SUFFIX,

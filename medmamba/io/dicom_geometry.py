@@ -111,7 +111,8 @@ def _slice_step(
         doubled = int((distances < SAME_POSITION_MM).sum())
         raise InputError(
             f"{name}: {doubled} of its {len(planes)} images lie where another one already is"
-            f"{_acquisitions(planes)}. Separate the acquisitions into folders of their own.",
+            f"{_acquisitions(planes)}. Separate the acquisitions into folders of their own, or let "
+            "`predict --split-acquisitions` make each a case.",
             code="E_DCM_MIXED",
         )
     _require_even(distances, heights, name)
@@ -159,5 +160,5 @@ def _missing(ratio: float) -> str:
 
 
 def _acquisitions(planes: tuple[Plane, ...]) -> str:
-    found = sorted({plane.acquisition for plane in planes if plane.acquisition.isdigit()}, key=int)
+    found = sorted({plane.acquisition for plane in planes} - {""}, key=int)
     return f" (acquisitions {', '.join(found[:6])})" if len(found) > 1 else ""

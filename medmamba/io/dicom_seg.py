@@ -18,6 +18,7 @@ from medmamba import __version__
 from medmamba.errors import EnvironmentFault, GeometryError
 from medmamba.files import replace_atomic
 from medmamba.io.dicom import ordered_planes
+from medmamba.io.dicom_identity import derived_uid, make_citable
 from medmamba.io.dicom_series import open_dataset, pydicom_module
 from medmamba.io.header import DEFAULT_GATE, Gate
 
@@ -25,23 +26,9 @@ MANUFACTURER = "medmamba"
 SERIES_DESCRIPTION = "Segmentation (research use only)"
 SERIES_NUMBER = 900
 """High, so that it stands behind the images in a viewer's list."""
-UID_BITS = 120
 UNKNOWN_DATE, UNKNOWN_TIME = "19000101", "000000"
 TISSUE = ("85756007", "Tissue")
 ANATOMICAL = ("123037004", "Anatomical Structure")
-OPTIONAL_KEYWORDS = (
-    "PatientAge", "PatientSize", "PatientWeight", "OtherPatientIDs", "StudyDescription",
-    "PatientComments", "AdditionalPatientHistory", "NameOfPhysiciansReadingStudy",
-    "PhysiciansOfRecord", "EthnicGroup", "Occupation", "IssuerOfPatientID",
-    "ReferencedStudySequence", "ProcedureCodeSequence", "OtherPatientIDsSequence",
-    "AdmittingDiagnosesDescription", "ReasonForPerformedProcedureCodeSequence",
-)  # fmt: skip
-"""Of type 3 in the patient and study modules: not required, so not copied."""
-COPIED_ALWAYS = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
-    "StudyID", "AccessionNumber", "ReferringPhysicianName",
-)  # fmt: skip
-"""Of type 2: must be there, if only empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +75,8 @@ def write_segmentation(
         )
     sources = _sources([plane.entry for plane in planes])
     stored = _segment_array(labels, segments)
+    if len(sources) != len(stored):
+        stored = _as_frames(stored, sources[0])
     dataset = _segmentation(sources, stored, segments, algorithm)
     replace_atomic(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True))
 
@@ -98,42 +87,31 @@ def _sources(entries: Sequence[Any]) -> list[Any]:
     for entry in dict.fromkeys(entries):
         dataset = open_dataset(entry)
         dataset.pop("PixelData", None)
-        _complete(dataset)
+        make_citable(dataset)
         sources.append(dataset)
     return sources
 
 
-def _complete(dataset: Any) -> None:
-    """Give identifiers to images that lost theirs, from what the file says besides."""
-    meta = dataset.file_meta
-    if not dataset.get("SOPClassUID"):
-        dataset.SOPClassUID = meta.MediaStorageSOPClassUID
-    if not dataset.get("SOPInstanceUID"):
-        dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
-        if not dataset.get(keyword):
-            stem = str(dataset.get("FrameOfReferenceUID") or dataset.get("StudyDate") or "")
-            setattr(dataset, keyword, _uid(keyword, stem))
-    for keyword in COPIED_ALWAYS:
-        if keyword not in dataset:
-            setattr(dataset, keyword, "")
-    for keyword in OPTIONAL_KEYWORDS:
-        if keyword in dataset:
-            delattr(dataset, keyword)
-
-
 def _segment_array(
     labels: NDArray[np.integer[Any]], segments: Sequence[SegmentLabel]
-) -> NDArray[np.uint8]:
-    """(D, H, W, segments) of 0 and 1; segments may overlap, as regions do."""
-    return np.stack(
-        [np.isin(labels, segment.values).astype(np.uint8) for segment in segments], axis=-1
-    )
+) -> NDArray[np.unsignedinteger[Any]]:
+    """(D, H, W) of segment numbers; (D, H, W, segments) of 0 and 1 where segments overlap."""
+    members = [value for segment in segments for value in segment.values]
+    if len(set(members)) < len(members):
+        return np.stack(
+            [np.isin(labels, segment.values).astype(np.uint8) for segment in segments], axis=-1
+        )
+    highest = max(*members, int(labels.max()), 0)
+    numbers = np.zeros(highest + 1, np.uint8 if len(segments) < 256 else np.uint16)
+    for number, segment in enumerate(segments, 1):
+        numbers[list(segment.values)] = number
+    stored: NDArray[np.unsignedinteger[Any]] = numbers[labels]
+    return stored
 
 
 def _segmentation(
     sources: list[Any],
-    stored: NDArray[np.uint8],
+    stored: NDArray[np.unsignedinteger[Any]],
     segments: Sequence[SegmentLabel],
     algorithm: str,
 ) -> Any:
@@ -142,15 +120,15 @@ def _segmentation(
     first = sources[0]
     dataset = highdicom.seg.Segmentation(
         source_images=sources,
-        pixel_array=stored if len(sources) == len(stored) else _as_frames(stored, first),
+        pixel_array=stored,
         segmentation_type="BINARY",
         segment_descriptions=[
             _description(highdicom, number, segment, algorithm)
             for number, segment in enumerate(segments, 1)
         ],
-        series_instance_uid=_uid("series", str(first.SeriesInstanceUID), algorithm, digest),
+        series_instance_uid=derived_uid("series", str(first.SeriesInstanceUID), algorithm, digest),
         series_number=SERIES_NUMBER,
-        sop_instance_uid=_uid("instance", str(first.SeriesInstanceUID), algorithm, digest),
+        sop_instance_uid=derived_uid("instance", str(first.SeriesInstanceUID), algorithm, digest),
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MANUFACTURER,
@@ -164,7 +142,9 @@ def _segmentation(
     return dataset
 
 
-def _as_frames(stored: NDArray[np.uint8], source: Any) -> NDArray[np.uint8]:
+def _as_frames(
+    stored: NDArray[np.unsignedinteger[Any]], source: Any
+) -> NDArray[np.unsignedinteger[Any]]:
     """Order of a multi-frame file's own frames, which need not be that of space."""
     groups = source.PerFrameFunctionalGroupsSequence
     shared = source.SharedFunctionalGroupsSequence[0]
@@ -217,15 +197,9 @@ def _settle(dataset: Any, source: Any) -> None:
             setattr(dataset, f"{stem}Time", time)
     for element in dataset.iterall():
         if element.keyword == "DimensionOrganizationUID":
-            element.value = _uid("dimensions", str(dataset.SOPInstanceUID))
+            element.value = derived_uid("dimensions", str(dataset.SOPInstanceUID))
         elif element.keyword == "ContributionDateTime":
             element.value = f"{date}{time}"
-
-
-def _uid(*parts: str) -> str:
-    """A UUID-derived identifier (PS3.5 B.2) that follows from ``parts``."""
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return f"2.25.{int(digest, 16) >> (256 - UID_BITS)}"
 
 
 def _highdicom() -> Any:

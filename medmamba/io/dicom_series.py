@@ -7,6 +7,7 @@ taken; where two have equally many, the case is rejected.
 """
 
 import logging
+import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ HEADER_TAGS = [
     "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "EchoNumbers",
 ]  # fmt: skip
 
 PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 LOCALIZER_WORDS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVEY")
 DEFLATED_SYNTAX = "1.2.840.10008.1.2.1.99"
 MAX_INFLATED_BYTES = 4 * 2**30
+QUIET_MODULES = r"(pydicom|highdicom|medmamba\.io\.dicom)"
+"""Where warnings of pydicom and highdicom come from, whichever caller they are put down to."""
 DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 
 NO_VOLUME_CLASSES = {
@@ -66,7 +69,9 @@ class Plane:
         is_rescaled: whether the file states a rescaling.
         bits: allocated per value.
         thickness_mm: of the slice; 0 when not stated.
-        acquisition: its number, for messages.
+        acquisition: its number; empty when not stated.
+        phase: number of the time point; empty when not stated.
+        echo: number of the echo; empty when not stated.
     """
 
     entry: Entry
@@ -81,7 +86,9 @@ class Plane:
     is_rescaled: bool
     bits: int
     thickness_mm: float
-    acquisition: str
+    acquisition: str = ""
+    phase: str = ""
+    echo: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +132,25 @@ class _Part:
         return int(self.dataset.get("NumberOfFrames") or 1)
 
 
-@cache
 def pydicom_module() -> Any:
-    """Import pydicom, silent about odd but readable values, which may name people.
+    """Import pydicom, silent about odd but readable values.
 
     Raises:
         EnvironmentFault: it is not installed.
     """
+    silence()
+    return _import_pydicom()
+
+
+def silence() -> None:
+    """Keep libraries from printing values of files: what they complain of may name people."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=QUIET_MODULES)
+    for name in ("pydicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@cache
+def _import_pydicom() -> Any:
     try:
         import pydicom  # noqa: TID251
         import pydicom.config  # noqa: TID251
@@ -142,7 +161,6 @@ def pydicom_module() -> Any:
             code="E_DICOM_MISSING",
         ) from problem
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     return pydicom
 
 
@@ -375,7 +393,8 @@ def _plane(part: _Part, frame: int, places: tuple[Any, ...]) -> Plane:
         (1.0 if slope is None else slope, 0.0 if intercept is None else intercept),
         2, name, "RescaleSlope and RescaleIntercept",
     )  # fmt: skip
-    acquisition = value("AcquisitionNumber") or value("FrameAcquisitionNumber")
+    acquisition = value("FrameAcquisitionNumber") or value("AcquisitionNumber")
+    phase = value("TemporalPositionIndex") or value("TemporalPositionIdentifier")
     thickness = value("SliceThickness")
     return Plane(
         entry=part.entry,
@@ -390,8 +409,16 @@ def _plane(part: _Part, frame: int, places: tuple[Any, ...]) -> Plane:
         is_rescaled=slope is not None and intercept is not None,
         bits=int(part.dataset.get("BitsAllocated") or 0),
         thickness_mm=0.0 if thickness is None else _numbers((thickness,), 1, name, "")[0],
-        acquisition="" if acquisition is None else str(acquisition),
+        acquisition=_number(acquisition),
+        phase=_number(phase),
+        echo=_number(value("EchoNumbers")),
     )
+
+
+def _number(value: Any) -> str:
+    """A whole number as text; empty for anything else, which somebody may have typed in."""
+    text = "" if value is None else str(value)
+    return text if text.isdecimal() and len(text) <= 12 else ""
 
 
 def _numbers(value: Any, count: int, name: str, keyword: str) -> tuple[float, ...]:

@@ -45,6 +45,8 @@ class Gate:
         straighten: resample images with tilted axes to right angles.
         min_spacing_mm: smallest plausible voxel size.
         max_spacing_mm: largest plausible voxel size.
+        acquisition: which part of a DICOM series of several acquisitions is meant, by the name
+            that ``dicom_split`` gives it; empty for the whole.
     """
 
     __pydantic_config__ = RECORD_CONFIG
@@ -56,6 +58,7 @@ class Gate:
     straighten: bool = True
     min_spacing_mm: float = 0.01
     max_spacing_mm: float = 50.0
+    acquisition: str = ""
 
 
 DEFAULT_GATE = Gate()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmamba.bundle import Bundle, Manifest, load_bundle, load_networks, load_previous_networks
-from medmamba.dataset import CaseListing, find_cases
+from medmamba.dataset import CaseListing, find_cases, split_acquisitions
 from medmamba.dataset.shards import parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
@@ -86,6 +86,7 @@ def predict(
     timeout_per_case: float | None = None,
     grace_s: float = DEFAULT_GRACE_S,
     supervised: bool = True,
+    split: bool = False,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> PredictOutcome:
@@ -108,6 +109,7 @@ def predict(
         timeout_per_case: give up a case that takes more seconds than this; needs supervision.
         grace_s: after a signal, a case that needs no longer than this is finished.
         supervised: run the model in a child process, whose death costs no more than a case.
+        split: make every acquisition of a DICOM series that mixes several a case of its own.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
 
@@ -134,6 +136,8 @@ def predict(
             channels=len(bundle.manifest.channels),
             file_ending=bundle.plan.file_ending or None,
         )
+        if split:
+            listing = split_acquisitions(listing)
         if shard is not None:
             listing = parse_shard(shard).of(listing)
         folder = require_writable_folder(Path(output))

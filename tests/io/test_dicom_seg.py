@@ -94,6 +94,46 @@ def test_only_required_identity_is_copied(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("keyword", "value", "kept"),
+    [
+        ("PatientSex", "MALE", ""),
+        ("StudyDate", "2020-01-02", ""),
+        ("StudyTime", "noon", ""),
+        ("PatientBirthDate", "1945", ""),
+        ("PatientName", "ONLYONE", "ONLYONE"),
+        ("SpecificCharacterSet", "latin-9000", "ISO_IR 192"),
+        ("SpecificCharacterSet", "ISO_IR 100", "ISO_IR 100"),
+        ("StudyID", None, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value:UserWarning", "ignore:Unknown enc:UserWarning")
+def test_odd_values_of_patient_and_study_do_not_cost_the_mask(
+    tmp_path: Path, keyword: str, value: str | None, kept: str
+) -> None:
+    def spoil(index: int, dataset: pydicom.Dataset) -> None:
+        setattr(dataset, keyword, value)
+
+    folder = save(make_series(change=spoil), tmp_path / "ct")
+    write_segmentation(tmp_path / "a.dcm", labels_of(phantom()), folder, (LIVER,))
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    assert str(dataset.get(keyword) or "") == kept
+    assert dataset.PatientID == f"{SENTINEL}-ID"
+
+
+def test_overlapping_and_separate_segments_give_the_same_frames(tmp_path: Path) -> None:
+    folder = save(make_series(), tmp_path / "ct")
+    labels = labels_of(phantom())
+    second = SegmentLabel(name="second", values=(2,))
+    write_segmentation(tmp_path / "apart", labels, folder, (LIVER, second))
+    write_segmentation(tmp_path / "over", labels, folder, (LIVER, second, BOTH))
+    for number in (1, 2):
+        apart, over = (decoded(tmp_path / name, number, labels.shape[1:]) for name in
+                       ("apart", "over"))  # fmt: skip
+        assert list(apart) == list(over)
+        assert all((apart[place] == over[place]).all() for place in apart)
+
+
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools is not installed")
 def test_an_independent_validator_finds_no_error(tmp_path: Path) -> None:
     folder = save(make_series(), tmp_path / "ct")
