@@ -260,7 +260,11 @@ class _Supervision:
             task.begun, task.stage, task.spent_s = False, "", 0.0
             worker.tasks[task.case.id] = task
             worker.process.send(
-                {"case": task.case.id, "images": [str(p) for p in task.case.images]}
+                {
+                    "case": task.case.id,
+                    "images": [str(path) for path in task.case.images],
+                    "acquisition": task.case.acquisition,
+                }
             )
 
     def _listen(self) -> _Worker:

@@ -172,7 +172,12 @@ class _Inbox:
             message = self._supervisor.hear()
             if "case" in message:
                 images: Sequence[str] = message["images"]
-                self._cases.put(Case(id=message["case"], images=tuple(map(Path, images))))
+                case = Case(
+                    id=message["case"],
+                    images=tuple(map(Path, images)),
+                    acquisition=message["acquisition"],
+                )
+                self._cases.put(case)
             elif "drain" in message:
                 self.drain.signal_number = message["drain"]
                 self._cases.put(None)

@@ -58,7 +58,7 @@ def seg_to_dicom(
         raise InputError(
             f"{mask.name}: holds values without a name ({', '.join(map(str, unnamed[:10]))}). "
             "Name them, or give the model that made the mask.",
-            code="E_LABEL_VALUE",
+            code="E_LABEL_UNDECLARED",
         )
     write_segmentation(output, values, series, segments, algorithm=algorithm or maker)
     return segments
