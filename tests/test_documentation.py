@@ -62,6 +62,17 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not [place for place in named if not (ROOT / place).exists()]
 
 
+def test_tests_and_rows_that_papers_name_exist() -> None:
+    page = (ROOT / "docs" / "compliance" / "risks.md").read_text()
+    for place, name in re.findall(r"`(tests/[\w./]+\.py)(?:::(\w+))?`", page):
+        assert (ROOT / place).is_file(), place
+        assert f"def {name}" in (ROOT / place).read_text(), f"{place}::{name}"
+    table = (ROOT / "tests" / "conformance" / "rows.py").read_text()
+    rows = re.findall(r"\b[A-H]\d{2}\b", page)
+    assert rows
+    assert not [row for row in rows if f'"{row}"' not in table]
+
+
 def test_every_command_and_flag_of_nnunet_has_its_line() -> None:
     page = (ROOT / "docs" / "from-nnunet.md").read_text()
     rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
