@@ -39,9 +39,19 @@ Quick = Annotated[
 ]
 
 
-def doctor(as_json: Json = False, quick: Quick = False) -> None:
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", "-m", metavar="MODEL",
+        help="Also tell whether this model may run in reduced precision here.",
+    ),
+]  # fmt: skip
+
+
+def doctor(as_json: Json = False, quick: Quick = False, model: Model = None) -> None:
     """Check device, memory, disk, compiler and scan kernels; exit code 6 if something is unfit."""
     findings = _system() if quick else [*_system(), *_device(), *_scan()]
+    findings += [] if model is None else _parity(model)
     packages = {name: _version(name) for name in PACKAGES}
     if as_json:
         _print_json(findings, packages)
@@ -111,6 +121,19 @@ def _device() -> list[Finding]:
             Finding(f"GPU {index}", f"{name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free")
         )
     return findings
+
+
+def _parity(model: Path) -> list[Finding]:
+    """The gate that a model passes before it computes in reduced precision."""
+    from medmamba.pipeline.predictors import check_parity
+    from medmamba.training.precision import choose_precision, resolve_device
+
+    device = resolve_device("auto")
+    precision = choose_precision(device, "auto")
+    if precision == "fp32":
+        return [Finding("parity gate", f"{device} has no native reduced precision: fp32")]
+    gates = check_parity(model, precision)
+    return [Finding(f"parity gate of {gate.precision}", f"{gate}") for gate in gates]
 
 
 def _scan() -> list[Finding]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medmamba.inference.job import Segmented
 from medmamba.inference.predictor import Course, PredictionSettings, Predictor, segmented
+from medmamba.inference.records import Parity
 from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import TileProgress
 from medmamba.labels import UsualVolume
@@ -47,6 +48,11 @@ class EnsemblePredictor:
         return self.members[0].settings
 
     @property
+    def parities(self) -> tuple[Parity, ...]:
+        """How reduced precision compared with float32, for members it was asked for."""
+        return tuple(member.parity for member in self.members if member.parity is not None)
+
+    @property
     def channels(self) -> int:
         """Image channels a case must have."""
         return self.members[0].channels
@@ -67,7 +73,12 @@ class EnsemblePredictor:
 
     def numerics(self) -> dict[str, Any]:
         """What computes, as JSON values."""
-        return self.members[0].numerics()
+        if len(self.members) == 1:
+            return self.members[0].numerics()
+        return {
+            **self.members[0].numerics(),
+            "members": [member.numerics() for member in self.members],
+        }
 
     def prepare(self, image: Volume) -> PreprocessedCase:
         """Bring an image to the working grid of every member; the image must not be used again."""

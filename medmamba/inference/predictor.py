@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medmamba.errors import EnvironmentFault, MedMambaError
+from medmamba.files import to_plain
 from medmamba.inference.job import Segmented
-from medmamba.inference.records import TileCount
+from medmamba.inference.records import Parity, TileCount
 from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import (
     PlaneStream,
@@ -25,6 +26,7 @@ from medmamba.inference.sliding_window import (
     tile_batch_size,
 )
 from medmamba.labels import LabelMap
+from medmamba.networks.memory_format import pack_weights
 from medmamba.preprocessing.confidence import Confidence
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
 from medmamba.preprocessing.previous import labels_on_working_grid
@@ -124,6 +126,7 @@ class Predictor:
         label_map: meaning of the networks' outputs.
         settings: device, precision, flips.
         previous: the first stage of a cascade, whose labels become channels of this one.
+        parity: how reduced precision compared with float32, where it was asked for.
     """
 
     def __init__(
@@ -135,9 +138,14 @@ class Predictor:
         label_map: LabelMap,
         settings: PredictionSettings,
         previous: "Predictor | None" = None,
+        parity: Parity | None = None,
     ) -> None:
         self._previous = previous
+        self.parity = parity
         self._networks = [network.to(settings.device).eval() for network in networks]
+        if settings.device.type == "cpu":
+            for network in self._networks:
+                pack_weights(network)
         self._grid = grid
         self.recipe = preprocessing
         self.label_map = label_map
@@ -186,6 +194,7 @@ class Predictor:
             "torch": str(torch.__version__),
             "accumulation": "float16" if self.settings.compat else "float32",
             "deterministic": torch.are_deterministic_algorithms_enabled(),
+            **({"parity": to_plain(self.parity)} if self.parity else {}),
         }
 
     def prepare(self, image: Volume, *, consume: bool = False) -> PreprocessedCase:
@@ -214,6 +223,8 @@ class Predictor:
             EnvironmentFault: the device has too little memory even for the smallest step.
             MedMambaError: logits are not finite, in float32 neither.
         """
+        if self.parity is not None and not self.parity.passed:
+            course.note(f"fp32 instead of {self.parity.precision}, which {self.parity}")
         source = self._source(prepared, course)
         reached, precision = 0, self.settings.precision
         while True:

@@ -88,6 +88,37 @@ class TileCount:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How labels in reduced precision compare with those in float32.
+
+    Args:
+        precision: the reduced one.
+        passed: whether it may be used.
+        dice: between both, by label; labels that neither found are left out.
+        voxels: that were compared.
+        changed: of these, how many got another label.
+        logits_error: root mean square of the difference, in standard deviations.
+    """
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    precision: str
+    passed: bool
+    dice: dict[str, float]
+    voxels: int
+    changed: int
+    logits_error: float
+
+    def __str__(self) -> str:
+        words = [f"{self.changed} of {self.voxels} voxels of a probe change"]
+        if self.dice:
+            name = min(self.dice, key=lambda label: self.dice[label])
+            words.append(f"smallest Dice {self.dice[name]:.4f} ({name})")
+        words.append(f"logits off by {self.logits_error:.2g} standard deviations")
+        return f"{'passed' if self.passed else 'failed'}: {', '.join(words)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelStatistics:
     """Size and place of one label or region in a mask.
 

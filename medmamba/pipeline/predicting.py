@@ -7,26 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmamba.bundle import Bundle, Manifest, load_bundle, load_networks, load_previous_networks
+from medmamba.bundle import Bundle, Manifest, load_bundle
 from medmamba.dataset import CaseListing, find_cases, split_acquisitions
 from medmamba.dataset.shards import parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
 from medmamba.inference.draining import DEFAULT_GRACE_S, drain_on_signals
 from medmamba.io.dicom_seg import SegmentLabel
-from medmamba.plans.plan import ConfigurationPlan
+from medmamba.pipeline.predictors import describe_settings, make_predictor
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from medmamba.inference.engine import OnCase, PredictionRun
-    from medmamba.inference.ensemble import EnsemblePredictor
-    from medmamba.inference.predictor import Predictor
     from medmamba.inference.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
-
-MIXED_PRECISION = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,92 +200,6 @@ def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
         SegmentLabel(name=entry.name, values=entry.values, color=entry.color, snomed=entry.snomed)
         for entry in manifest.labels
     )
-
-
-def make_predictor(
-    bundle: Bundle,
-    *,
-    mirror: bool = False,
-    step: float = 0.5,
-    precision: str = "auto",
-    device: str = "auto",
-    compat: bool = False,
-    workers: int | None = None,
-) -> "EnsemblePredictor":
-    """Load the networks of a bundle onto a device, all members; arguments as of ``predict``."""
-    from medmamba.inference.ensemble import EnsemblePredictor
-
-    members = [
-        _member(
-            model, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
-            workers=workers,
-        )
-        for model in bundle.models
-    ]  # fmt: skip
-    cleaning = bundle.postprocessing
-    return EnsemblePredictor(
-        members,
-        None if cleaning is None else cleaning.apply,
-        # Members of an ensemble were trained on the same cases.
-        bundle.models[0].manifest.usual_volumes,
-    )
-
-
-def _member(
-    bundle: Bundle,
-    *,
-    mirror: bool,
-    step: float,
-    precision: str,
-    device: str,
-    compat: bool,
-    workers: int | None,
-) -> "Predictor":
-    import torch
-
-    from medmamba.inference.predictor import PredictionSettings, Predictor
-    from medmamba.training.precision import choose_precision, has_native_bf16, resolve_device
-
-    chosen_device = resolve_device(device)
-    if workers is not None:
-        torch.set_num_threads(workers)
-    trained = bundle.manifest.precision
-    if precision == "auto" and (trained == "fp32" or not has_native_bf16(chosen_device)):
-        # Reduced precision only where the model was trained and validated in it.
-        precision = "fp32"
-    chosen_precision = choose_precision(chosen_device, precision)
-
-    def stage(
-        networks: "list[nn.Module]", branch: ConfigurationPlan, previous: "Predictor | None"
-    ) -> Predictor:
-        settings = PredictionSettings(
-            device=chosen_device,
-            precision=chosen_precision,
-            mirror_axes=branch.training.mirror_axes if mirror else (),
-            step=step,
-            compat=compat,
-            features=branch.network.features[0],
-        )
-        return Predictor(
-            networks,
-            grid=branch.grid,
-            preprocessing=branch.preprocessing,
-            label_map=bundle.plan.label_map,
-            settings=settings,
-            previous=previous,
-        )
-
-    first = None
-    if bundle.previous is not None:
-        first = stage(load_previous_networks(bundle), bundle.previous, None)
-    return stage(load_networks(bundle), bundle.configuration, first)
-
-
-def describe_settings(predictor: "EnsemblePredictor") -> str:
-    """Say where and how a predictor computes."""
-    settings = predictor.settings
-    flips = "with mirroring" if settings.mirror_axes else "without mirroring"
-    return f"on {settings.device} in {settings.precision}, {flips}"
 
 
 def _describe(bundle: Bundle, listing: CaseListing, settings: str) -> str:

@@ -31,7 +31,7 @@ def make_predictor_of(setup: "WorkerSetup") -> tuple["EnsemblePredictor", dict[s
     """
     from medmamba.bundle import load_bundle
     from medmamba.errors import SecurityError
-    from medmamba.pipeline.predicting import describe_settings, make_predictor
+    from medmamba.pipeline.predictors import describe_settings, make_predictor
 
     options = dict(setup.options)
     bundle = load_bundle(Path(options.pop("bundle")))

@@ -18,7 +18,7 @@ from medmamba.evaluation.postprocessing import determine_postprocessing
 from medmamba.evaluation.report import evaluate_folder, write_evaluation
 from medmamba.evaluation.scores import Evaluation
 from medmamba.files import to_json, write_atomic
-from medmamba.pipeline.predicting import make_predictor
+from medmamba.pipeline.predictors import make_predictor
 from medmamba.pipeline.references import find_references
 from medmamba.pipeline.validating import (
     VALIDATION_FOLDER,

@@ -19,7 +19,7 @@ from medmamba.evaluation.report import evaluate_case, write_evaluation
 from medmamba.evaluation.scores import CaseScores, Evaluation
 from medmamba.files import RECORD_CONFIG, from_plain, read_json, to_json, write_atomic
 from medmamba.io import TRAINING_GATE, read_labels, suffix_of, write_labels
-from medmamba.pipeline.predicting import make_predictor
+from medmamba.pipeline.predictors import make_predictor
 from medmamba.pipeline.references import find_references
 from medmamba.pipeline.work import Work
 from medmamba.preprocessing.pipeline import PreprocessedCase

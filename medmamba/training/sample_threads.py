@@ -14,7 +14,7 @@ from threading import Barrier
 import torch
 from torch import Tensor, nn
 
-from medmamba.training.memory_format import is_dense_convolution
+from medmamba.networks.memory_format import is_dense_convolution
 from medmamba.training.precision import autocast
 
 Loss = Callable[[list[Tensor]], Tensor]

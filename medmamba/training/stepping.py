@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medmamba.labels import LabelMap
+from medmamba.networks.memory_format import pack_weights
 from medmamba.training.losses import (
     DeepSupervision,
     LossSettings,
@@ -17,7 +18,6 @@ from medmamba.training.losses import (
     itself,
     region_targets,
 )
-from medmamba.training.memory_format import pack_weights
 from medmamba.training.optimization import WeightAverage, clip_gradients, make_optimizer
 from medmamba.training.precision import autocast
 from medmamba.training.recipe import TrainingRecipe

@@ -11,7 +11,7 @@ from medmamba.bundle import load_bundle, verify_bundle
 from medmamba.errors import PlanError, UsageError
 from medmamba.evaluation.postprocessing import load_postprocessing
 from medmamba.io import read_image, read_labels
-from medmamba.pipeline.predicting import make_predictor
+from medmamba.pipeline.predictors import make_predictor
 from medmamba.pipeline.selecting import select
 from medmamba.preprocessing.restore import labels_from_probabilities, restore_probabilities
 

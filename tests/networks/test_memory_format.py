@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from medmamba.networks import build_network
-from medmamba.training.memory_format import is_dense_convolution, pack_weights
-
-from .conftest import PATCH, tiny_network
+from medmamba.networks.memory_format import is_dense_convolution, pack_weights
+from tests.training.conftest import PATCH, tiny_network
 
 
 def test_packed_weights_keep_names_values_and_results() -> None:

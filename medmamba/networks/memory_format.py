@@ -1,4 +1,4 @@
-"""How a network's convolution weights lie in memory while it trains."""
+"""How a network's convolution weights lie in memory on a CPU."""
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ def pack_weights(network: nn.Module) -> None:
 
     It is the layout oneDNN computes them in; otherwise it brings weight and gradient from one
     layout to the other in every step (plain_unet, patch 40x56x40, bfloat16: 0.70 s of processor
-    time a step become 0.48 s). Values and names of the weights stay the same.
+    time a step of training become 0.48 s, 0.11 s a tile of prediction 0.06 s). Values
+    and names of the weights stay the same.
     """
     for module in network.modules():
         if isinstance(module, _CONVOLUTIONS) and is_dense(module):

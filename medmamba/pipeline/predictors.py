@@ -1,0 +1,156 @@
+"""From a model folder to networks on a device that segment cases, in a precision that holds."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medmamba.acceptance import synthetic_image
+from medmamba.bundle import Bundle, load_bundle, load_networks, load_previous_networks
+from medmamba.plans.plan import ConfigurationPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from medmamba.inference.ensemble import EnsemblePredictor
+    from medmamba.inference.predictor import Predictor
+    from medmamba.inference.records import Parity
+
+logger = logging.getLogger(__name__)
+
+
+def make_predictor(
+    bundle: Bundle,
+    *,
+    mirror: bool = False,
+    step: float = 0.5,
+    precision: str = "auto",
+    device: str = "auto",
+    compat: bool = False,
+    workers: int | None = None,
+) -> "EnsemblePredictor":
+    """Load the networks of a bundle onto a device, all members; arguments as of ``predict``."""
+    from medmamba.inference.ensemble import EnsemblePredictor
+
+    members = [
+        _member(
+            model, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
+            workers=workers,
+        )
+        for model in bundle.models
+    ]  # fmt: skip
+    cleaning = bundle.postprocessing
+    return EnsemblePredictor(
+        members,
+        None if cleaning is None else cleaning.apply,
+        # Members of an ensemble were trained on the same cases.
+        bundle.models[0].manifest.usual_volumes,
+    )
+
+
+def _member(
+    bundle: Bundle,
+    *,
+    mirror: bool,
+    step: float,
+    precision: str,
+    device: str,
+    compat: bool,
+    workers: int | None,
+) -> "Predictor":
+    import torch
+
+    from medmamba.training.precision import choose_precision, has_native_bf16, resolve_device
+
+    chosen_device = resolve_device(device)
+    if workers is not None:
+        torch.set_num_threads(workers)
+    trained = bundle.manifest.precision
+    if precision == "auto" and (trained == "fp32" or not has_native_bf16(chosen_device)):
+        # Reduced precision only where the model was trained and validated in it.
+        precision = "fp32"
+    chosen = choose_precision(chosen_device, precision)
+    stages = _Stages(bundle, device=chosen_device, step=step, compat=compat)
+    if chosen == "fp32":
+        return stages.predictor("fp32", mirror=mirror)
+    parity = stages.parity(chosen)
+    if not parity.passed:
+        logger.warning("%s: fp32 instead of %s, which %s", bundle.manifest.name, chosen, parity)
+        chosen = "fp32"
+    return stages.predictor(chosen, mirror=mirror, parity=parity)
+
+
+class _Stages:
+    """The networks of a bundle, loaded once, as predictors of one precision or another."""
+
+    def __init__(
+        self, bundle: Bundle, *, device: "torch.device", step: float = 0.5, compat: bool = False
+    ) -> None:
+        self._bundle = bundle
+        self._networks = load_networks(bundle)
+        self._previous = None if bundle.previous is None else load_previous_networks(bundle)
+        self._how: dict[str, Any] = {"device": device, "step": step, "compat": compat}
+
+    def predictor(
+        self,
+        precision: str,
+        *,
+        mirror: bool,
+        parity: "Parity | None" = None,
+    ) -> "Predictor":
+        """Put the networks to work; the predictors share them."""
+        from medmamba.inference.predictor import PredictionSettings, Predictor
+
+        def stage(
+            networks: "list[nn.Module]", branch: ConfigurationPlan, **others: Any
+        ) -> Predictor:
+            settings = PredictionSettings(
+                precision=precision,
+                mirror_axes=branch.training.mirror_axes if mirror else (),
+                features=branch.network.features[0],
+                **self._how,
+            )
+            return Predictor(
+                networks,
+                grid=branch.grid,
+                preprocessing=branch.preprocessing,
+                label_map=self._bundle.plan.label_map,
+                settings=settings,
+                **others,
+            )
+
+        first = None
+        if self._bundle.previous is not None and self._previous is not None:
+            first = stage(self._previous, self._bundle.previous)
+        return stage(self._networks, self._bundle.configuration, previous=first, parity=parity)
+
+    def parity(self, precision: str) -> "Parity":
+        """Compare reduced precision with float32 on the synthetic image of the acceptance test."""
+        from medmamba.inference.parity import compare_precisions
+
+        image = synthetic_image(self._bundle.configuration, self._bundle.plan.intensities)
+        full, reduced = (self.predictor(each, mirror=False) for each in ("fp32", precision))
+        return compare_precisions(full, reduced, image)
+
+
+def check_parity(model: Path, precision: str, device: str = "auto") -> "tuple[Parity, ...]":
+    """Compare reduced precision with float32 for every network of a model.
+
+    Raises:
+        BundleError, SecurityError: the model cannot be used or trusted.
+    """
+    from medmamba.training.precision import choose_precision, resolve_device
+
+    place = resolve_device(device)
+    chosen = choose_precision(place, precision)
+    bundle = load_bundle(model)
+    return tuple(_Stages(each, device=place).parity(chosen) for each in bundle.models)
+
+
+def describe_settings(predictor: "EnsemblePredictor") -> str:
+    """Say where and how a predictor computes."""
+    settings = predictor.settings
+    flips = "with mirroring" if settings.mirror_axes else "without mirroring"
+    texts = [f"on {settings.device} in {settings.precision}, {flips}"]
+    texts += [f"parity gate of {each.precision} {each}" for each in predictor.parities]
+    return "; ".join(texts)

@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import medmamba
+from medmamba.bundle import save_bundle
+from medmamba.inference.parity import compare_precisions
+from medmamba.inference.predictor import PredictionSettings, Predictor
+from medmamba.labels import LabelMap
+from medmamba.networks import build_network
+from medmamba.pipeline.predictors import check_parity
+from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
+from medmamba.volume import Geometry, Grid, Volume
+from tests.test_bundle import tiny_plan
+
+CLASSES = LabelMap(values={"background": (0,), "bright": (1,)})
+REGIONS = LabelMap(values={"background": (0,), "whole": (1, 2), "core": (2,)}, region_order=(1, 2))
+RECIPE = PreprocessingRecipe(
+    channels=(ChannelRecipe(normalization=Normalization.ZSCORE),), transpose_forward=(0, 1, 2)
+)
+
+
+class Wavering(nn.Module):
+    """Foreground above the mean; under autocast logits differ by ``error``."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x + self.error
+        return torch.cat([-x, x], dim=1)
+
+
+def predictors(network: nn.Module, label_map: LabelMap = CLASSES) -> list[Predictor]:
+    return [
+        Predictor(
+            [network],
+            grid=Grid(spacing_mm=(1.0, 1.0, 1.0), patch_size=(16, 16, 16)),
+            preprocessing=RECIPE,
+            label_map=label_map,
+            settings=PredictionSettings(precision=precision),
+        )
+        for precision in ("fp32", "bf16")
+    ]
+
+
+def image(size: int = 16) -> Volume:
+    voxels = np.random.default_rng(0).normal(100, 5, (1, size, size, size)).astype(np.float32)
+    return Volume(array=voxels, geometry=Geometry.from_spacing((size,) * 3, (1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("label_map", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_what_says_the_same_passes(label_map: LabelMap) -> None:
+    found = compare_precisions(*predictors(Wavering(0.0), label_map), image())
+    assert found.passed
+    assert set(found.dice.values()) == {1.0}
+    assert (found.changed, found.voxels, found.logits_error) == (0, 16**3, 0.0)
+
+
+def test_a_small_error_that_moves_labels_fails() -> None:
+    # A shift of 0.04 deviations changes 1.6 % of the voxels, though logits are nearly right.
+    found = compare_precisions(*predictors(Wavering(0.04)), image())
+    assert found.logits_error < 0.05
+    assert not found.passed
+    assert found.dice["bright"] < 0.99
+    assert found.changed > 0.01 * found.voxels
+
+
+def test_few_changes_of_a_small_probe_are_within_its_chance() -> None:
+    found = compare_precisions(*predictors(Wavering(0.001)), image())
+    assert found.passed
+    assert 0 < found.changed < 10
+
+
+def test_logits_that_are_not_finite_fail() -> None:
+    assert not compare_precisions(*predictors(Wavering(float("inf"))), image()).passed
+
+
+def random_model(folder: Path) -> Path:
+    """A model that guesses, so that rounding decides many of its labels."""
+    torch.manual_seed(0)
+    network = build_network(tiny_plan().configurations["3d_fullres"].network)
+    weights = {name: torch.full_like(value, 0.01 if value.ndim == 1 else 0) + 0.02 * value
+               for name, value in network.state_dict().items()}  # fmt: skip
+    save_bundle(
+        folder, plan=tiny_plan(), configuration="3d_fullres", weights=[weights],
+        reference_case=False,
+    )  # fmt: skip
+    return folder
+
+
+def test_a_model_that_fails_predicts_in_fp32_and_says_so(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model")
+    (gate,) = check_parity(model, "bf16", "cpu")
+    assert not gate.passed
+    (tmp_path / "in").mkdir()
+    voxels = np.random.default_rng(1).normal(100, 5, (12, 12, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "in" / "a_0000.nii.gz")
+    told: list[str] = []
+    for precision in ("bf16", "fp32"):
+        medmamba.predict(
+            tmp_path / "in", tmp_path / precision, model, precision=precision, device="cpu",
+            supervised=False, on_message=told.append,
+        )  # fmt: skip
+    assert "in fp32" in told[0]
+    assert "parity gate of bf16 failed" in told[0]
+    records = [
+        json.loads((tmp_path / precision / "a.json").read_text()) for precision in ("bf16", "fp32")
+    ]
+    assert records[0]["parameters"] == records[1]["parameters"]
+    assert records[0]["parameters"]["precision"] == "fp32"
+    assert records[0]["numerics"]["parity"]["passed"] is False
+    assert "parity" not in records[1]["numerics"]
+    assert any("fp32 instead of bf16" in text for text in records[0]["warnings"])
+    assert records[0]["output"]["sha256"] == records[1]["output"]["sha256"]
