@@ -339,11 +339,12 @@ def bench_cases(arguments: argparse.Namespace) -> dict[str, Any]:
             images = str(arguments.images)
             if program == "ours":
                 command = [sys.executable, "-m", "medmamba", "predict", "-i", images, "-o", masks]
-                command += ["-m", str(model), "--mirror", "--precision", mode]
+                command += ["-m", str(model), "--tta", "--precision", mode]
                 command += ["--device", "cpu", "--overwrite", "always"]
             else:
                 command = [sys.executable, str(place / "nnunet.py"), mode, images, masks]
                 command += [str(theirs)]
+                Path(masks).mkdir(exist_ok=True)
             runs[side].append(run(command))
     check = check_cases(place, arguments.sides)
     return {
@@ -405,7 +406,7 @@ def write_nnunet_results(model: Path, folder: Path) -> None:
         "network_weights": official_state(load_networks(bundle)[0]),
         "trainer_name": "nnUNetTrainer",
         "init_args": {"configuration": bundle.manifest.configuration, "fold": "all"},
-        "inference_allowed_mirroring_axes": (0, 1, 2),
+        "inference_allowed_mirroring_axes": bundle.configuration.training.mirror_axes,
     }
     torch.save(content, place / "checkpoint_final.pth")
     (folder / "plans.json").write_text(json.dumps(plans))

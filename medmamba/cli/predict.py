@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Overwrite = Literal["never", "stale", "always"]
 OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
 FailOn = Literal["any", "all", "never"]
+Probabilities = Literal["none", "float16", "uint8"]
+PROBABILITIES: tuple[Probabilities, ...] = get_args(Probabilities)
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 
 
@@ -46,7 +48,11 @@ def predict(
     ] = 0.5,
     precision: Annotated[
         str,
-        typer.Option("--precision", metavar="auto|bf16|fp16|fp32", help="auto: bf16 where native."),
+        typer.Option(
+            "--precision",
+            metavar="auto|bf16|fp16|fp32",
+            help="auto: that of training, if it passes the parity gate.",
+        ),
     ] = "auto",
     device: Device = "auto",
     compat: Annotated[
@@ -108,6 +114,14 @@ def predict(
             help="Make each acquisition of a mixed DICOM series a case of its own.",
         ),
     ] = False,
+    save_probabilities: Annotated[
+        str,
+        typer.Option(
+            "--save-probabilities",
+            metavar="none|float16|uint8",
+            help="Also keep what labels are decided by, as OUT/CASE_prob.b2nd.",
+        ),
+    ] = "none",
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -124,6 +138,12 @@ def predict(
         raise UsageError(f"--overwrite '{overwrite}': choose one of {', '.join(OVERWRITE)}.")
     if fail_on not in FAIL_ON:
         raise UsageError(f"--fail-on '{fail_on}': choose one of {', '.join(FAIL_ON)}.")
+    kept = next((kind for kind in PROBABILITIES if kind == save_probabilities), None)
+    if kept is None:
+        raise UsageError(
+            f"--save-probabilities '{save_probabilities}': choose one of "
+            f"{', '.join(PROBABILITIES)}."
+        )
     outcome = run_predict(
         images,
         output,
@@ -142,6 +162,7 @@ def predict(
         grace_s=grace,
         supervised=not in_process,
         split=split,
+        save_probabilities=kept,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )

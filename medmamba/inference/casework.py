@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from medmamba.dataset import Case, load_case
 from medmamba.errors import EnvironmentFault, GeometryError, InputError, MedMambaError
 from medmamba.failpoints import failpoint
+from medmamba.files import replace_atomic, temporary_path
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest
 from medmamba.inference.job import CasePredictor, Job, Segmented
-from medmamba.inference.ledger import SEGMENTATION_SUFFIX, Ledger
+from medmamba.inference.ledger import PROBABILITIES_SUFFIX, SEGMENTATION_SUFFIX, Ledger
 from medmamba.inference.records import (
     CaseError,
     CommitRecord,
@@ -41,6 +42,8 @@ from medmamba.io import (
     write_labels,
 )
 from medmamba.io.dicom_seg import SegmentLabel, write_segmentation
+from medmamba.preprocessing.pipeline import UndoRecord
+from medmamba.preprocessing.restore import OnProbabilities
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +128,35 @@ class CaseWork:
             assert job.prepared is not None
             failpoint("before_infer", job.case.id)
             job.inferred = self._predictor.infer(
-                job.prepared, on_tiles=self._watch(job.case.id, drain)
+                job.prepared,
+                on_tiles=self._watch(job.case.id, drain),
+                **self._keep_probabilities(job, job.prepared.record),
             )
         job.prepared = None
         return job
+
+    def _keep_probabilities(self, job: Job, record: UndoRecord) -> dict[str, OnProbabilities]:
+        """Open a file for the probabilities where they are asked for."""
+        kind = self._ledger.parameters.get("probabilities", "none")
+        if kind == "none":
+            return {}
+        # Loads a library that few need.
+        from medmamba.preprocessing.probability_file import ProbabilityFile
+
+        label_map = self._predictor.label_map
+        foreground = list(label_map.foreground)
+        job.probabilities = ProbabilityFile(
+            temporary_path(self._probabilities_path(job.case)),
+            names=foreground if label_map.has_regions else ["background", *foreground],
+            geometry=record.geometry,
+            kind=kind,
+            along=record.transpose_forward[0],
+            background_first=not label_map.has_regions,
+        )
+        return {"on_probabilities": job.probabilities.write}
+
+    def _probabilities_path(self, case: Case) -> Path:
+        return self._ledger.folder / f"{case.id}{PROBABILITIES_SUFFIX}"
 
     def _watch(self, case_id: str, drain: DrainRequest) -> Callable[[int, int], None]:
         start = time.monotonic()
@@ -169,13 +197,26 @@ class CaseWork:
         with self._ledger.lock():
             self._ledger.clear(job.case.id, keep=path.name)
             with job.watch.time("write"):
+                probabilities = self._commit_probabilities(job)
                 segmentation = self._write_segmentation(job.case, stored, header)
                 write_labels(path, found.labels, header, label_names=dict(label_map.foreground))
             output = _describe_written(path)
             job.record = self._ledger.record(
-                job, output=output, segmentation=segmentation, labels=statistics
+                job,
+                output=output,
+                segmentation=segmentation,
+                probabilities=probabilities,
+                labels=statistics,
             )
             self._ledger.store(job.record)
+
+    def _commit_probabilities(self, job: Job) -> OutputFile | None:
+        if job.probabilities is None:
+            return None
+        written, path = job.probabilities.path, self._probabilities_path(job.case)
+        replace_atomic(path, lambda temporary: written.replace(temporary))
+        job.probabilities = None
+        return _describe_written(path)
 
     def _write_segmentation(
         self, case: Case, stored: NDArray[Any], header: SourceHeader
@@ -240,13 +281,16 @@ class _Guard(AbstractContextManager[None]):
         """Swallow what is the case's fault or ours; let go what ends the process."""
         if problem is None or not isinstance(problem, Exception):
             return False
+        self._job.prepared = None
+        self._job.inferred = None
+        self._job.segmented = None
+        if self._job.probabilities is not None:
+            self._job.probabilities.path.unlink(missing_ok=True)
+            self._job.probabilities = None
         if isinstance(problem, CaseAbandonedError):
             self._job.abandoned = True
             return True
         status, code, message = self._judge(problem)
-        self._job.prepared = None
-        self._job.inferred = None
-        self._job.segmented = None
         error = CaseError(code=code, stage=self._stage, message=message)
         self._job.record = self._work.fail(self._job, status, error)
         return True

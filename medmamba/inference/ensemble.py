@@ -15,6 +15,8 @@ from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import TileProgress
 from medmamba.labels import UsualVolume
 from medmamba.preprocessing.pipeline import PreprocessedCase
+from medmamba.preprocessing.probability_file import ProbabilityKind
+from medmamba.preprocessing.restore import OnProbabilities
 from medmamba.preprocessing.restore_mean import MeanStream
 from medmamba.volume import Volume
 
@@ -29,6 +31,7 @@ class EnsemblePredictor:
         members: one predictor per network; one alone is used as it is.
         finish: applied to the labels of every case; None for nothing.
         usual: volumes of labels in the training cases.
+        probabilities: in what form they are to be kept; ``none`` for labels alone.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class EnsemblePredictor:
         members: Sequence[Predictor],
         finish: Finish | None = None,
         usual: Mapping[str, UsualVolume] = MappingProxyType({}),
+        probabilities: ProbabilityKind = "none",
     ) -> None:
         self.members = tuple(members)
         self.label_map = members[0].label_map
         self._finish = finish
         self._usual = usual
+        self._probabilities = probabilities
 
     @property
     def settings(self) -> PredictionSettings:
@@ -63,13 +68,13 @@ class EnsemblePredictor:
         return self.members[0].patch_size
 
     def parameters(self) -> dict[str, Any]:
-        """Everything that decides which labels come out, but for the model itself."""
-        if len(self.members) == 1:
-            return self.members[0].parameters()
-        return {
-            **self.members[0].parameters(),
-            "members": [member.parameters() for member in self.members],
-        }
+        """Everything that decides what comes out, but for the model itself."""
+        found = self.members[0].parameters()
+        if len(self.members) > 1:
+            found["members"] = [member.parameters() for member in self.members]
+        if self._probabilities != "none":
+            found["probabilities"] = self._probabilities
+        return found
 
     def numerics(self) -> dict[str, Any]:
         """What computes, as JSON values."""
@@ -91,16 +96,27 @@ class EnsemblePredictor:
         return replace(first, siblings=tuple(others))
 
     def infer(
-        self, prepared: PreprocessedCase, *, on_tiles: TileProgress | None = None
+        self,
+        prepared: PreprocessedCase,
+        *,
+        on_tiles: TileProgress | None = None,
+        on_probabilities: OnProbabilities | None = None,
     ) -> Restoring[Segmented]:
         """Run the networks of every member, and begin to make labels of what they say.
+
+        Args:
+            prepared: the case.
+            on_tiles: progress; may raise to abandon the case.
+            on_probabilities: given what labels are decided by too, from another thread.
 
         Raises:
             EnvironmentFault: the device has too little memory.
             MedMambaError: logits are not finite.
         """
         if len(self.members) == 1:
-            return self.members[0].infer(prepared, on_tiles=on_tiles)
+            return self.members[0].infer(
+                prepared, on_tiles=on_tiles, on_probabilities=on_probabilities
+            )
         course = Course()
         cases = (prepared, *prepared.siblings)
         stream = MeanStream(
@@ -108,6 +124,7 @@ class EnsemblePredictor:
             [member.recipe for member in self.members],
             self.label_map,
             compat=self.settings.compat,
+            on_probabilities=on_probabilities,
         )
         steps = self._steps(cases, stream, course, on_tiles)
         return restore_beside(steps, partial(segmented, stream, course), nbytes=stream.nbytes)

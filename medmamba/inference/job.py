@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -14,7 +14,11 @@ from medmamba.io import SourceHeader
 from medmamba.labels import LabelMap, UsualVolume
 from medmamba.preprocessing.confidence import Confidence
 from medmamba.preprocessing.pipeline import PreprocessedCase
+from medmamba.preprocessing.restore import OnProbabilities
 from medmamba.volume import Volume
+
+if TYPE_CHECKING:
+    from medmamba.preprocessing.probability_file import ProbabilityFile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,9 +71,13 @@ class CasePredictor(Protocol):
         """Bring an image to the working grid; the image may be overwritten."""
 
     def infer(
-        self, prepared: PreprocessedCase, *, on_tiles: Callable[[int, int], None] | None = None
+        self,
+        prepared: PreprocessedCase,
+        *,
+        on_tiles: Callable[[int, int], None] | None = None,
+        on_probabilities: OnProbabilities | None = None,
     ) -> Inferred:
-        """Run the networks."""
+        """Run the networks; probabilities are asked for where parameters name a form of them."""
 
     def restore(self, inferred: Any) -> Segmented:
         """Wait for the labels on the raw image's grid."""
@@ -104,6 +112,7 @@ class Job:
     prepared: PreprocessedCase | None = None
     inferred: Inferred | None = None
     segmented: Segmented | None = None
+    probabilities: "ProbabilityFile | None" = None
     record: CommitRecord | None = None
     short_of_memory: bool = False
     abandoned: bool = False

@@ -31,6 +31,7 @@ from medmamba.inference.records import (
 from medmamba.io import FORMATS
 
 SEGMENTATION_SUFFIX = ".seg.dcm"
+PROBABILITIES_SUFFIX = "_prob.b2nd"
 
 
 class Ledger:
@@ -103,7 +104,10 @@ class Ledger:
         old = read_record(self._record_path(case_id))
         vouched = old.output.name if old and old.output and still_holds(old, self.folder) else ""
         self._record_path(case_id).unlink(missing_ok=True)
-        for suffix in (*FORMATS, SEGMENTATION_SUFFIX):
+        if vouched:
+            # Large, and of no use without the mask that it belongs to.
+            (self.folder / f"{case_id}{PROBABILITIES_SUFFIX}").unlink(missing_ok=True)
+        for suffix in (*FORMATS, SEGMENTATION_SUFFIX, PROBABILITIES_SUFFIX):
             mask = self.folder / f"{case_id}{suffix}"
             if mask.exists() and not mask.name == vouched == keep:
                 self.run.set_aside(mask)
@@ -117,6 +121,7 @@ class Ledger:
         error: CaseError | None = None,
         output: OutputFile | None = None,
         segmentation: OutputFile | None = None,
+        probabilities: OutputFile | None = None,
         labels: tuple[LabelStatistics, ...] = (),
     ) -> CommitRecord:
         """Describe what became of a case; without ``failure`` it has a mask, the ``output``."""
@@ -137,6 +142,7 @@ class Ledger:
             labels=labels,
             output=output,
             segmentation=segmentation,
+            probabilities=probabilities,
             timings_s=dict(job.watch.seconds),
             peak_memory_bytes=peak_memory_bytes(),
         )

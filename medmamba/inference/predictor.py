@@ -31,7 +31,7 @@ from medmamba.preprocessing.confidence import Confidence
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
 from medmamba.preprocessing.previous import labels_on_working_grid
 from medmamba.preprocessing.recipe import PreprocessingRecipe
-from medmamba.preprocessing.restore import LabelStream
+from medmamba.preprocessing.restore import LabelStream, OnProbabilities
 from medmamba.volume import Grid, Volume
 
 logger = logging.getLogger(__name__)
@@ -256,6 +256,7 @@ class Predictor:
         *,
         onto: UndoRecord | None = None,
         on_tiles: TileProgress | None = None,
+        on_probabilities: OnProbabilities | None = None,
     ) -> Restoring[Segmented]:
         """Run the networks, and begin to make labels of what they say.
 
@@ -263,13 +264,18 @@ class Predictor:
             prepared: the case.
             onto: the grid of the labels; the raw image's when omitted.
             on_tiles: progress; may raise to abandon the case.
+            on_probabilities: given what labels are decided by too, from another thread.
 
         Raises:
             EnvironmentFault, MedMambaError: as of `planes`.
         """
         course = Course()
         stream = LabelStream(
-            onto or prepared.record, self.recipe, self.label_map, compat=self.settings.compat
+            onto or prepared.record,
+            self.recipe,
+            self.label_map,
+            compat=self.settings.compat,
+            on_probabilities=on_probabilities,
         )
         steps = (
             partial(stream.feed, start, planes.numpy())

@@ -176,6 +176,7 @@ class CommitRecord:
         labels: per label and region.
         output: the mask; None without one.
         segmentation: the same as a DICOM object; None unless the input is DICOM.
+        probabilities: what the labels were decided by; None unless asked for.
         timings_s: seconds per stage.
         peak_memory_bytes: of the process so far.
         version: of medmamba.
@@ -199,6 +200,7 @@ class CommitRecord:
     labels: tuple[LabelStatistics, ...] = ()
     output: OutputFile | None = None
     segmentation: OutputFile | None = None
+    probabilities: OutputFile | None = None
     timings_s: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     version: str = __version__
@@ -256,7 +258,7 @@ def still_holds(record: CommitRecord | None, folder: Path) -> bool:
     """Tell whether the mask that a record speaks of is there, byte for byte."""
     if record is None or not record.succeeded or record.output is None:
         return False
-    files = [file for file in (record.output, record.segmentation) if file is not None]
+    files = [file for file in (record.output, record.segmentation, record.probabilities) if file]
     return all(_is_as_written(file, folder) for file in files)
 
 

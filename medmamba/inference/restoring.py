@@ -51,9 +51,13 @@ def restore_beside(
             if running is not None:
                 running.result()
             running = pool.submit(step)
-        return Restoring(future=pool.submit(_after, running, finish), nbytes=nbytes)
-    finally:
-        pool.shutdown(wait=False)
+        made = pool.submit(_after, running, finish)
+    except BaseException:
+        # Nothing may go on writing for a case that is given up.
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown(wait=False)
+    return Restoring(future=made, nbytes=nbytes)
 
 
 def _after(last: "Future[None] | None", finish: Callable[[], Result]) -> Result:

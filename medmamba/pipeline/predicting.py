@@ -81,6 +81,7 @@ def predict(
     grace_s: float = DEFAULT_GRACE_S,
     supervised: bool = True,
     split: bool = False,
+    save_probabilities: Literal["none", "float16", "uint8"] = "none",
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> PredictOutcome:
@@ -103,6 +104,7 @@ def predict(
         timeout_per_case: give up a case that takes more seconds than this; needs supervision.
         grace_s: after a signal, a case that needs no longer than this is finished.
         supervised: run the model in a child process, whose death costs no more than a case.
+        save_probabilities: keep what labels are decided by, ``CASE_prob.b2nd``, in this form.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
@@ -121,7 +123,7 @@ def predict(
         raise UsageError(f"step {step}: a fraction of the patch, above 0 and at most 1.")
     options: dict[str, Any] = {
         "mirror": mirror, "step": step, "precision": precision, "device": device,
-        "compat": compat, "workers": workers,
+        "compat": compat, "workers": workers, "probabilities": save_probabilities,
     }  # fmt: skip
     with drain_on_signals(grace_s) as drain, _workers(supervised, timeout_per_case) as start:
         bundle = load_bundle(Path(model))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medmamba.inference.ensemble import EnsemblePredictor
     from medmamba.inference.predictor import Predictor
     from medmamba.inference.records import Parity
+    from medmamba.preprocessing.probability_file import ProbabilityKind
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def make_predictor(
     device: str = "auto",
     compat: bool = False,
     workers: int | None = None,
+    probabilities: "ProbabilityKind" = "none",
 ) -> "EnsemblePredictor":
     """Load the networks of a bundle onto a device, all members; arguments as of ``predict``."""
     from medmamba.inference.ensemble import EnsemblePredictor
@@ -45,6 +47,7 @@ def make_predictor(
         None if cleaning is None else cleaning.apply,
         # Members of an ensemble were trained on the same cases.
         bundle.models[0].manifest.usual_volumes,
+        probabilities,
     )
 
 
