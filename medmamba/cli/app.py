@@ -22,6 +22,7 @@ from medmamba.cli.demo import demo
 from medmamba.cli.doctor import doctor
 from medmamba.cli.evaluate import evaluate
 from medmamba.cli.examples import examples_of, exit_codes
+from medmamba.cli.index import index
 from medmamba.cli.info import info
 from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
@@ -49,6 +50,7 @@ for _command in (
     preprocess,
     train,
     predict,
+    index,
     evaluate,
     compare,
     check,

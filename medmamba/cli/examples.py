@@ -39,12 +39,21 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("The mean of mirrored copies on one GPU", "predict -i images -o masks -m model --tta "
          "--device cuda:0"),
         ("Share 3 of 8 of an archive", "predict -i images -o masks -m model --shard 3/8"),
+        ("A list of cases", "predict -i cases.jsonl --root archive -o masks -m model"),
         ("The labels that nnU-Net gives", "predict -i images -o masks -m model --tta --compat"),
         (
             "Every phase of mixed DICOM series",
             "predict -i studies -o masks -m model --split-acquisitions",
         ),
         ("A summary for a script", "predict -i images -o masks -m model --json"),
+    ),
+    "index": (
+        ("An archive, beside its images", "index archive -o archive/cases.jsonl"),
+        (
+            "Files of the same name in several folders",
+            "index archive -o cases.jsonl --id-from path",
+        ),
+        ("Only cases that a model takes", f"index archive -o cases.jsonl -m {MODEL}"),
     ),
     "evaluate": (
         ("Scores as a table, summary.json and metrics.csv", "evaluate labelsTs masks"),

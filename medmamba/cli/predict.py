@@ -24,7 +24,7 @@ def predict(
     images: Annotated[
         Path,
         typer.Option(
-            "--input", "-i", metavar="IN", help="Image file, folder of images, or list of files."
+            "--input", "-i", metavar="IN", help="Image, folder of images, or list of cases."
         ),
     ],
     output: Annotated[
@@ -68,9 +68,22 @@ def predict(
     shard: Annotated[
         str | None,
         typer.Option(
-            "--shard", metavar="I/N|auto", help="One share of N, from 0; auto in a Slurm array."
+            "--shard",
+            metavar="I/N|auto|auto/N",
+            help="One share of N, from 0; auto in a Slurm array, auto/N in a Kubernetes job too.",
         ),
     ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root",
+            metavar="FOLDER",
+            help="What a list's paths are relative to (its folder).",
+        ),
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Take images outside the input folder too.")
+    ] = False,
     fail_on: Annotated[
         str,
         typer.Option(
@@ -156,6 +169,8 @@ def predict(
         overwrite=overwrite,
         workers=workers,
         shard=shard,
+        root=root,
+        follow_links=follow_links,
         fail_on=fail_on,
         max_failures=max_failures,
         timeout_per_case=timeout,

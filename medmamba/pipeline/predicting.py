@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmamba.bundle import Bundle, Manifest, load_bundle
-from medmamba.dataset import CaseListing, find_cases, split_acquisitions
+from medmamba.dataset import CaseListing, split_acquisitions
+from medmamba.dataset.manifest import CaseStream, open_cases
 from medmamba.dataset.shards import parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
@@ -75,6 +76,8 @@ def predict(
     overwrite: Literal["never", "stale", "always"] = "stale",
     workers: int | None = None,
     shard: str | None = None,
+    root: Path | str | None = None,
+    follow_links: bool = False,
     fail_on: Literal["any", "all", "never"] = "any",
     max_failures: int | None = None,
     timeout_per_case: float | None = None,
@@ -98,7 +101,10 @@ def predict(
         compat: round as nnU-Net does.
         overwrite: which finished cases to do again.
         workers: processor threads of the network; all when None.
-        shard: ``INDEX/COUNT`` does one share of the cases, ``auto`` that of a Slurm array task.
+        shard: ``INDEX/COUNT`` does one share of the cases, ``auto`` or ``auto/COUNT`` that of a
+            task of a Slurm array or an indexed Kubernetes job.
+        root: folder that the paths of a list are relative to; the list's own when None.
+        follow_links: take images outside the input folder, through links or a list's paths.
         fail_on: which failures show in the exit code: any, only if all cases fail, or none.
         max_failures: stop after so many cases without a mask.
         timeout_per_case: give up a case that takes more seconds than this; needs supervision.
@@ -127,32 +133,39 @@ def predict(
     }  # fmt: skip
     with drain_on_signals(grace_s) as drain, _workers(supervised, timeout_per_case) as start:
         bundle = load_bundle(Path(model))
-        listing = find_cases(
+        share = None if shard is None else parse_shard(shard)
+        work = open_cases(
             Path(images),
             channels=len(bundle.manifest.channels),
             file_ending=bundle.plan.file_ending or None,
+            root=None if root is None else Path(root),
+            shard=share,
+            follow_links=follow_links,
+            stream=not split,
+            apart_from=Path(output),
         )
-        if split:
-            listing = split_acquisitions(listing)
-        if shard is not None:
-            listing = parse_shard(shard).of(listing)
+        if split and isinstance(work, CaseListing):
+            work = split_acquisitions(work)
         folder = require_writable_folder(Path(output))
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
         segments = segments_of(bundle.manifest)
         books: dict[str, Any] = {
-            "rejected": listing.rejected, "fail_on": fail_on, "max_failures": max_failures,
-            "on_case": on_case,
+            "rejected": work.rejected if isinstance(work, CaseListing) else (),
+            "total": work.total, "shard": str(share or ""), "fail_on": fail_on,
+            "max_failures": max_failures, "on_case": on_case,
         }  # fmt: skip
+
+        cases = work.cases if isinstance(work, CaseListing) else work
 
         def announce(settings: str) -> None:
             if on_message is not None:
-                on_message(_describe(bundle, listing, settings))
+                on_message(_describe(bundle, work, settings))
 
         if start is None:
             predictor = make_predictor(bundle, **options)
             announce(describe_settings(predictor))
             run = predict_cases(
-                listing.cases, folder, predictor, model=identity, overwrite=overwrite,
+                cases, folder, predictor, model=identity, overwrite=overwrite,
                 segments=segments, drain=drain, **books,
             )  # fmt: skip
         else:
@@ -162,7 +175,7 @@ def predict(
                 log_level=logging.getLogger().getEffectiveLevel(),
             )  # fmt: skip
             run = predict_supervised(
-                listing.cases, setup, start, drain, timeout_s=timeout_per_case,
+                cases, setup, start, drain, timeout_s=timeout_per_case,
                 on_ready=lambda about: announce(about["settings"]), **books,
             )  # fmt: skip
     return PredictOutcome(run=run)
@@ -204,9 +217,10 @@ def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
     )
 
 
-def _describe(bundle: Bundle, listing: CaseListing, settings: str) -> str:
-    rejected = f" ({len(listing.rejected)} rejected)" if listing.rejected else ""
+def _describe(bundle: Bundle, work: CaseListing | CaseStream, settings: str) -> str:
+    turned_away = len(work.rejected) if isinstance(work, CaseListing) else 0
+    rejected = f" ({turned_away} rejected)" if turned_away else ""
     return (
-        f"predicting {len(listing.cases)} cases{rejected} with {bundle.manifest.name} "
+        f"predicting {work.total - turned_away} cases{rejected} with {bundle.manifest.name} "
         f"(fold {', '.join(bundle.folds)}) {settings}"
     )
