@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
+.PHONY: dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -89,6 +89,9 @@ container-lint: $(TOOLS)/bin/python ## lint Dockerfile, Kubernetes job and, wher
 
 container-check: setup ## build and try the cpu image; as root on Debian; MODEL=folder IMAGES=folder are optional
 	docker/check.sh $(MODEL) $(IMAGES)
+
+dicom-check: setup ## hold DICOM outputs against dciodvfy, dcmqi and Orthanc; as root on Debian: SERIES="a b"
+	cli/dicom/check.sh $(SERIES)
 
 bench-train-gpu: setup ## time training steps on this GPU: make bench-train-gpu WORK=work
 	$(BIN)/python plans/bench/train_gpu.py $(WORK) --big --train-seconds 60

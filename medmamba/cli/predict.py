@@ -135,6 +135,10 @@ def predict(
             help="Also keep what labels are decided by, as OUT/CASE_prob.b2nd.",
         ),
     ] = "none",
+    report: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Write a page with pictures of every case."),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -178,6 +182,7 @@ def predict(
         supervised=not in_process,
         split=split,
         save_probabilities=kept,
+        report=report,
         on_case=print_case,
         on_message=lambda text: print(text, file=sys.stderr, flush=True),
     )
@@ -190,6 +195,8 @@ def predict(
             f"{outcome.succeeded} of {outcome.total} cases have a mask in {output} "
             f"({format_duration(outcome.elapsed_s)})"
         )
+        if outcome.report is not None:
+            print(f"report: {outcome.report}")
     raise typer.Exit(outcome.exit_code)
 
 

@@ -26,9 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOutcome:
-    """What a run did, case by case."""
+    """What a run did, case by case.
+
+    Args:
+        run: records and exit code.
+        report: the page about it; None where none was made.
+    """
 
     run: "PredictionRun"
+    report: Path | None = None
 
     @property
     def exit_code(self) -> int:
@@ -59,6 +65,7 @@ class PredictOutcome:
             "succeeded": self.succeeded,
             "total": self.total,
             "elapsed_s": round(self.elapsed_s, 3),
+            "report": None if self.report is None else str(self.report),
             "cases": [to_plain(record) for record in self.run.records],
         }
 
@@ -85,6 +92,7 @@ def predict(
     supervised: bool = True,
     split: bool = False,
     save_probabilities: Literal["none", "float16", "uint8"] = "none",
+    report: bool = True,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> PredictOutcome:
@@ -112,6 +120,7 @@ def predict(
         supervised: run the model in a child process, whose death costs no more than a case.
         save_probabilities: keep what labels are decided by, ``CASE_prob.b2nd``, in this form.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
+        report: write ``run/<run>/report.html``, a page with pictures of every case.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
 
@@ -178,7 +187,8 @@ def predict(
                 cases, setup, start, drain, timeout_s=timeout_per_case,
                 on_ready=lambda about: announce(about["settings"]), **books,
             )  # fmt: skip
-    return PredictOutcome(run=run)
+    page = report_run(run, cases) if report else None
+    return PredictOutcome(run=run, report=page)
 
 
 @contextmanager

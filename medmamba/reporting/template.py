@@ -5,6 +5,8 @@ import hashlib
 
 SCRIPT = """
 for (const head of document.querySelectorAll("th[data-kind]")) {
+  head.tabIndex = 0;
+  head.addEventListener("keydown", event => { if (event.key === "Enter") head.click(); });
   head.addEventListener("click", () => {
     const table = head.closest("table"), body = table.tBodies[0];
     const at = [...head.parentNode.children].indexOf(head);
@@ -60,9 +62,9 @@ a { color: #0b5cad; text-decoration: none; } a:hover { text-decoration: underlin
 .head { display: flex; align-items: baseline; gap: 12px; margin-bottom: 12px; }
 .badge { border-radius: 99px; padding: 1px 10px; font-size: 12.5px; font-weight: 600;
   white-space: nowrap; }
-.ok { background: #e3f4ec; color: var(--good); } .ok_with_warnings { background: #fff2d9;
+.ok, .skipped { background: #e3f4ec; color: var(--good); } .ok_with_warnings { background: #fff2d9;
   color: var(--warn); } .rejected, .failed { background: #fde7e5; color: var(--bad); }
-.views { display: flex; flex-wrap: wrap; gap: 10px; margin: 0 0 12px; align-items: flex-end; }
+.views { display: flex; flex-wrap: wrap; gap: 10px; margin: 0 0 12px; align-items: flex-start; }
 figure { margin: 0; }
 figure img { display: block; background: #000; border-radius: 6px; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: 12.5px; margin-top: 3px; }
@@ -70,7 +72,11 @@ figcaption { color: var(--soft); font-size: 12.5px; margin-top: 3px; }
   vertical-align: -1px; }
 .note { color: var(--warn); margin: 4px 0; overflow-wrap: anywhere; }
 .error { color: var(--bad); margin: 4px 0; overflow-wrap: anywhere; }
-.flag { color: var(--warn); white-space: nowrap; }
+.flag { color: var(--warn); } td.number, td.name { white-space: nowrap; }
+#cohort td:first-child, #cohort th:first-child { position: sticky; left: 0;
+  background: var(--paper); }
+.soft { color: var(--soft); } .top { margin-left: auto; font-size: 13px; }
+.legend { color: var(--soft); font-size: 12.5px; margin: 10px 0 0; }
 footer { color: var(--soft); font-size: 13px; }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
 """
@@ -89,67 +95,94 @@ form-action 'none'">
 <body>
 <main>
 <h1>Segmentation report</h1>
-<p class="lead">{{ models|join(", ") or "no model" }} · research use only, not a medical device</p>
+<p class="lead">{{ models|join(", ") or "no model" }}{% if title %} · run {{ title }}{% endif %} · \
+research use only, not a medical device</p>
 <div class="figures">
-<div class="figure"><b>{{ cases|length }}</b><span>cases</span></div>
+<div class="figure"><b>{{ total }}</b><span>{{ "case" if total == 1 else "cases" }}</span></div>
 {%- for status, count in counts %}
 <div class="figure"><b>{{ count }}</b><span>{{ status|replace("_", " ") }}</span></div>
 {%- endfor %}
+<div class="figure"><b>{{ flagged }}</b><span>with remarks to look at</span></div>
 </div>
+{%- if entries|length < total %}
+<p class="note">The {{ entries|length }} cases with most remarks are shown; summary.csv lists all \
+{{ total }}.</p>
+{%- endif %}
 <section class="card wide">
 <table id="cohort">
-<thead><tr><th data-kind="text">Case</th><th data-kind="text">Status</th>
-{%- for name in label_names %}<th class="number" data-kind="number">{{ name }}, ml</th>{% endfor -%}
-<th class="number" data-kind="number">Warnings</th></tr></thead>
+<thead><tr><th data-kind="text">Case</th><th data-kind="text">Status</th>\
+<th class="number" data-kind="number">Remarks</th>\
+{% if shows_confidence %}<th class="number" data-kind="number">Least confidence</th>{% endif %}
+{%- for name in columns %}<th class="number" data-kind="number">{{ name }}, ml</th>{% endfor -%}
+</tr></thead>
 <tbody>
-{%- for case in cases %}
-<tr><td><a href="#case-{{ loop.index }}">{{ case.name }}</a></td>
-<td><span class="badge {{ case.status }}">{{ case.status|replace("_", " ") }}</span></td>
-{%- for volume in case.volumes %}
-<td class="number" data-value="{{ '' if volume is none else volume.ml }}">
-{%- if volume is not none %}{{ "%.2f"|format(volume.ml) }}{% if volume.cut %} <span class="flag" \
-title="touches the border of the image">≥</span>{% endif %}{% endif %}</td>
+{%- for entry in entries %}
+<tr><td><a href="#{{ anchor(entry.name) }}">{{ entry.name }}</a></td>
+<td><span class="badge {{ entry.status }}">{{ entry.status|replace("_", " ") }}</span></td>
+<td class="number" data-value="{{ entry.flags }}">{{ entry.flags or "" }}</td>
+{%- if shows_confidence %}
+<td class="number" data-value="{{ '' if entry.confidence is none else entry.confidence }}">\
+{{ "" if entry.confidence is none else "%.3f"|format(entry.confidence) }}</td>
+{%- endif %}
+{%- for line in cells[loop.index0] %}
+<td class="number{{ ' flag' if line and line.remarks }}" \
+data-value="{{ '' if line is none else line.measured.volume_ml }}" \
+{%- if line and line.remarks %} title="{{ line.remarks|join('; ') }}"{% endif %}>
+{%- if line is not none %}{% if line.measured.touches_border %}≥ {% endif %}\
+{{ "%.2f"|format(line.measured.volume_ml) }}{% if line.measured.volume_flag %} \
+{{ "▼" if line.measured.volume_flag == "low" else "▲" }}{% endif %}{% endif %}</td>
 {%- endfor %}
-<td class="number" data-value="{{ case.warnings|length }}">\
-{{ case.warnings|length or "" }}</td></tr>
+</tr>
 {%- endfor %}
 </tbody>
 </table>
+<p class="legend">≥ touches the border of the image: at least this much · ▼ ▲ less or more than in \
+98 % of training cases{% if shows_confidence %} · confidence is the mean probability of a label \
+where it won, not calibrated{% endif %}{% if more_labels > 0 %} · {{ more_labels }} more labels \
+below{% endif %}. Click a heading to sort.</p>
 </section>
-{%- for case in cases %}
-<section class="card" id="case-{{ loop.index }}">
-<div class="head"><h2>{{ case.name }}</h2><span class="badge {{ case.status }}">\
-{{ case.status|replace("_", " ") }}</span></div>
-{%- if case.error %}
-<p class="error"><b>{{ case.error.code }}</b> {{ case.error.message }}</p>
+{%- for entry in entries %}
+<section class="card" id="{{ anchor(entry.name) }}">
+<div class="head"><h2>{{ entry.name }}</h2><span class="badge {{ entry.status }}">\
+{{ entry.status|replace("_", " ") }}</span><a class="top" href="#cohort">table</a></div>
+{%- if entry.error %}
+<p class="error"><b>{{ entry.error.code }}</b> {{ entry.error.message }}</p>
 {%- endif %}
-{%- if case.views %}
-<div class="views">
-{%- for view in case.views %}
-<figure><img src="{{ view.data_uri }}" width="{{ view.width }}" height="{{ view.height }}" \
-alt="{{ view.title }} view of {{ case.name }}"><figcaption>{{ view.title }}</figcaption></figure>
-{%- endfor %}
-</div>
-{%- endif %}
-{%- if case.labels %}
-<table>
-<thead><tr><th>Label</th><th class="number">Volume, ml</th><th class="number">Voxels</th>\
-<th class="number">Parts</th><th>Remarks</th></tr></thead>
-<tbody>
-{%- for label in case.labels %}
-<tr><td><span class="dot" style="background:{{ label.color }}"></span>{{ label.name }}</td>
-<td class="number">{{ "%.3f"|format(label.volume_ml) }}</td>
-<td class="number">{{ label.voxels }}</td>
-<td class="number">{{ label.n_components }}</td>
-<td>{% if label.touches_border %}<span class="flag">touches the border: at least this much</span>\
-{% elif not label.voxels %}not found{% endif %}</td></tr>
-{%- endfor %}
-</tbody>
-</table>
-{%- endif %}
-{%- for warning in case.warnings %}
+{%- for warning in entry.warnings %}
 <p class="note">{{ warning }}</p>
 {%- endfor %}
+{%- if entry.views %}
+<div class="views">
+{%- for view in entry.views %}
+<figure><img src="{{ view.data_uri }}" width="{{ view.width }}" height="{{ view.height }}" \
+alt="{{ view.title }} view of {{ entry.name }}"><figcaption>{{ view.title }}</figcaption></figure>
+{%- endfor %}
+</div>
+{%- elif entry.without_pictures %}
+<p class="legend">No pictures: {{ entry.without_pictures }}.</p>
+{%- endif %}
+{%- if entry.labels %}
+<div class="wide"><table>
+<thead><tr><th>Label</th><th class="number">Volume, ml</th><th class="number">Usual, ml</th>\
+<th class="number">Voxels</th><th class="number">Parts</th><th class="number">Confidence</th>\
+<th>Remarks</th></tr></thead>
+<tbody>
+{%- for line in entry.labels %}
+{%- set item = line.measured %}
+<tr><td class="name"><span class="dot" style="background:{{ line.color }}"></span>\
+{{ item.name }}</td>
+<td class="number">{{ "%.3f"|format(item.volume_ml) }}</td>
+<td class="number soft">{% if item.usual %}{{ "%.2f"|format(item.usual.low_ml) }} to \
+{{ "%.2f"|format(item.usual.high_ml) }}{% endif %}</td>
+<td class="number">{{ item.voxels }}</td>
+<td class="number">{{ item.n_components }}</td>
+<td class="number">{% if item.confidence %}{{ "%.3f"|format(item.confidence.mean_probability) }}\
+{% endif %}</td>
+<td class="flag">{{ line.remarks|join("; ") }}</td></tr>
+{%- endfor %}
+</tbody>
+</table></div>
+{%- endif %}
 </section>
 {%- endfor %}
 <footer>medmamba {{ version }}. Pictures follow radiological convention: the patient's right is on \

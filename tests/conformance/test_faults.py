@@ -289,3 +289,34 @@ def test_no_socket_is_opened(model, images, medmamba, tmp_path, monkeypatch) -> 
     monkeypatch.setenv("MARKER", str(marker))
     assert predict(medmamba, images, tmp_path / "out2", model, "--tta")[0] == 0
     assert marker.exists()
+
+
+def test_a_run_ends_with_a_page_unless_asked_not_to(model, images, medmamba, tmp_path) -> None:
+    (images / "bad_0000.nii.gz").write_bytes(b"")
+    code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--json")
+    said = json.loads(out)
+    assert code == 4
+    page = Path(said["report"])
+    assert page == tmp_path / "out" / "run" / said["run"] / "report.html"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<img") == 8
+    assert "E_IO_EMPTY" in text
+    code, out, _ = medmamba(
+        "predict", "-i", images, "-o", tmp_path / "none", "-m", model, "--json", "--no-report"
+    )
+    assert json.loads(out)["report"] is None
+    assert not list((tmp_path / "none").rglob("report.html"))
+
+
+def test_a_page_that_cannot_be_made_costs_no_mask(
+    model, images, medmamba, tmp_path, monkeypatch, caplog
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("medmamba.pipeline.run_report.write_page", refuse)
+    code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--json")
+    assert code == 0
+    assert json.loads(out)["report"] is None
+    assert "no report of the run (OSError)" in caplog.text
+    assert (tmp_path / "out" / "case0.nii.gz").is_file()

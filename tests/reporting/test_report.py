@@ -1,6 +1,7 @@
 """The report: what it shows, that nothing in it can run or load, and that a browser draws it."""
 
 import csv
+import dataclasses
 import os
 import re
 import shutil
@@ -18,7 +19,9 @@ from medmamba.errors import UsageError
 from medmamba.files import to_json, write_atomic
 from medmamba.inference.engine import predict_cases
 from medmamba.inference.records import read_record
-from medmamba.reporting import write_report
+from medmamba.labels import UsualVolume
+from medmamba.preprocessing.confidence import Confidence
+from medmamba.reporting import entries, write_report
 from medmamba.volume import Geometry
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -74,7 +77,7 @@ def test_every_case_has_pictures_volumes_and_reasons(predicted: Path) -> None:
     page = Page(outcome.path.read_text(encoding="utf-8"))
     assert sum(tag == "img" for tag, _ in page.tags) == 4 * 4
     assert "E_IO_TRUNCATED" in page.text
-    assert "touches the border: at least this much" in page.text
+    assert "touches the border of the image: at least this much" in page.text
     record = read_record(predicted / "case_0.json")
     assert record is not None
     assert f"{record.labels[0].volume_ml:.3f}" in page.text
@@ -107,8 +110,6 @@ def test_names_are_shown_and_never_run(predicted: Path) -> None:
     content = (predicted / "case_0.json").read_text()
     record = read_record(predicted / "case_0.json")
     assert record is not None
-    import dataclasses
-
     for number, name in enumerate((attack, formula)):
         labels = (dataclasses.replace(record.labels[0], name=name), *record.labels[1:])
         changed = dataclasses.replace(record, case_id=name, labels=labels, warnings=(attack,))
@@ -127,6 +128,46 @@ def test_names_are_shown_and_never_run(predicted: Path) -> None:
     assert formula not in cells
 
 
+def with_statistics(folder: Path, case: str, **changes: object) -> None:
+    """Change what a record says of its first label."""
+    record = read_record(folder / f"{case}.json")
+    assert record is not None
+    labels = (dataclasses.replace(record.labels[0], **changes), *record.labels[1:])
+    changed = dataclasses.replace(record, labels=labels)
+    write_atomic(folder / f"{case}.json", to_json(changed))
+
+
+def test_confidence_and_what_is_usual_are_shown(predicted: Path) -> None:
+    with_statistics(
+        predicted,
+        "case_0",
+        confidence=Confidence(mean_probability=0.8125, mean_entropy=0.3),
+        usual=UsualVolume(low_ml=500.0, high_ml=900.0, cases=40),
+        volume_flag="low",
+    )
+    with_statistics(predicted, "case_1", confidence=None, usual=None)
+    text = Page(write_report(predicted).path.read_text(encoding="utf-8")).text
+    assert "0.812" in text
+    assert "500.00 to 900.00" in text
+    assert "less than in 98 % of training cases" in text
+    assert "not calibrated" in text
+    assert "▼" in text
+
+
+def test_of_many_cases_those_with_remarks_are_shown(predicted: Path, monkeypatch) -> None:
+    monkeypatch.setattr(entries, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(entries, "MAX_PICTURED", 1)
+    outcome = write_report(predicted)
+    page = Page(outcome.path.read_text(encoding="utf-8"))
+    assert (outcome.cases, outcome.pictures) == (5, 1)
+    shown = [item["id"] for tag, item in page.tags if tag == "section" and "id" in item]
+    assert len(shown) == 3
+    # The rejected case and the one that touches the border come before the others.
+    assert "E_IO_TRUNCATED" in page.text
+    assert "touching" in page.text
+    assert "summary.csv lists all 5" in page.text
+
+
 def test_an_edited_mask_is_not_shown_as_the_prediction(predicted: Path) -> None:
     (predicted / "case_1.nii.gz").write_bytes((predicted / "case_0.nii.gz").read_bytes())
     outcome = write_report(predicted)
@@ -139,17 +180,36 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def chromium(page: Path, *options: str) -> bytes:
+    """Let a browser without a network open a page from disk."""
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        f"--user-data-dir={page.parent / 'profile'}", "--window-size=1240,2000", *options,
+        page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ)
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_runs_the_page_s_script_and_no_other(predicted: Path) -> None:
+    path = write_report(predicted).path
+    evil = "<script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
+    text = path.read_text(encoding="utf-8").replace("<footer>", f"{evil}<footer>")
+    path.write_text(text, encoding="utf-8")
+    dom = chromium(path, "--dump-dom").decode()
+    # Headings become reachable by keyboard when the page's own script has run.
+    assert re.search(r'<th[^>]* tabindex="0"', dom)
+    assert "<title>Segmentation report</title>" in dom
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_draws_the_page_from_disk(predicted: Path) -> None:
     page = write_report(predicted, images=predicted.parent / "in").path
     picture = predicted.parent / "page.png"
-    command = [
-        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        f"--user-data-dir={predicted.parent / 'profile'}", "--window-size=1240,2000",
-        f"--screenshot={picture}", page.as_uri(),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ)
+    chromium(page, f"--screenshot={picture}")
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     saturated = pixels.max(axis=2) - pixels.min(axis=2) > 120
     # Outlines in the first two colours of the palette, and black ground of the pictures.
