@@ -16,6 +16,7 @@ from medmamba.files import require_writable_folder, to_plain
 from medmamba.inference.draining import DEFAULT_GRACE_S, drain_on_signals
 from medmamba.io.dicom_seg import SegmentLabel
 from medmamba.pipeline.predictors import describe_settings, make_predictor
+from medmamba.pipeline.run_report import report_run
 
 if TYPE_CHECKING:
     from medmamba.inference.engine import OnCase, PredictionRun
