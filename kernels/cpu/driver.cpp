@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "pages.hpp"
 #include "threads.hpp"
 
 namespace medmamba {
@@ -29,6 +30,13 @@ const Kernels& kernels_named(const std::string& name) {
     }
   }
   throw std::invalid_argument("this processor or build has no instruction set '" + name + "'");
+}
+
+void check_segment(int64_t segment) {
+  if (segment > kTile) {
+    throw std::invalid_argument("segment is " + std::to_string(segment) + "; a tile has " +
+                                std::to_string(kTile) + " tokens");
+  }
 }
 
 void check_order(const Problem& p) {
@@ -95,12 +103,14 @@ struct Aligned {
 
 int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+int64_t states_bytes(const Problem& p) { return p.batch * p.tiles() * p.blocks() * p.state_floats() * 4; }
+
 bool is_empty(const Problem& p) { return p.batch == 0 || p.channels == 0; }
 
-// Blocks per item of a forward: as balanced as can be, then as large as can be. Does not change the result.
-int64_t forward_blocks(const Problem& p, int threads) {
+// Blocks per item: as balanced as can be, then as large as can be. Does not change the result.
+int64_t blocks_per_item(const Problem& p, int threads, std::initializer_list<int64_t> choices) {
   int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t most : {4, 2, 1}) {
+  for (int64_t most : choices) {
     const int64_t items = p.batch * p.groups * ((p.blocks_per_group() + most - 1) / most);
     const int64_t cost = (items + threads - 1) / threads * std::min(most, p.blocks_per_group());
     if (cost < best_cost) {
@@ -111,20 +121,20 @@ int64_t forward_blocks(const Problem& p, int threads) {
   return best;
 }
 
-// The share of one tile in dB or dC.
-int64_t share_floats(const Problem& p) { return kTile * p.padded_state(); }
-
 // What the backward of one item owns besides the scratch of its thread.
 struct ItemMemory {
   ItemMemory(const Problem& p, const Kernels& kernels, const Item& item) {
     const int64_t states = p.state_floats();
-    const int64_t share = kShareBuffers * std::min<int64_t>(kPanelTiles, p.tiles()) * share_floats(p);
-    const int64_t floats = 3 * states + 2 * kLanes + 2 * share;
-    memory = std::make_unique<Aligned>(floats);
+    const int64_t share = kShareBuffers * std::min<int64_t>(kPanelTiles, p.tiles()) * kernels.share_floats(p);
+    const int64_t floats = item.blocks * (3 * states + 2 * kLanes);
+    memory = std::make_unique<Aligned>(floats + 2 * share);
     std::memset(memory->data, 0, size_t(floats) * 4);
     float* next = memory->data;
-    for (float** part : {&carry.adjoint, &carry.rates, &carry.grad_A}) *part = next, next += states;
-    for (float** part : {&carry.grad_skip, &carry.grad_bias}) *part = next, next += kLanes;
+    for (int i = 0; i < item.blocks; ++i) {
+      BlockCarry& block = carry.blocks[i];
+      for (float** part : {&block.adjoint, &block.rates, &block.grad_A}) *part = next, next += states;
+      for (float** part : {&block.grad_skip, &block.grad_bias}) *part = next, next += kLanes;
+    }
     for (float** part : {&carry.grad_B, &carry.grad_C}) *part = next, next += share;
     kernels.begin_backward(p, item, carry);
   }
@@ -132,42 +142,49 @@ struct ItemMemory {
   BackwardCarry carry;
 };
 
-// Adds the shares of one group's items, first to last, and stores the rows of one tile; `at` counts floats.
-void store_shares(const Problem& p, const Kernels& kernels, const Rows& rows, bool is_B,
+// One of the two sums over channels of a tile, and where it goes.
+struct Projection {
+  const Rows& rows;
+  float* BackwardCarry::*share;
+};
+
+// Adds the shares of one group's items, kMaxBlocks blocks at a time, and stores the rows of one tile; `at` counts floats.
+void store_shares(const Problem& p, const Kernels& kernels, const Projection& projection,
                   const std::vector<Item>& items, std::vector<ItemMemory>& memory, size_t first,
                   size_t last, int64_t tile, int64_t at) {
-  if (rows.data == nullptr) return;
-  const auto share = [&](size_t i) {
-    return (is_B ? memory[i].carry.grad_B : memory[i].carry.grad_C) + at;
+  if (projection.rows.data == nullptr) return;
+  const auto share = [&](size_t i) { return memory[i].carry.*projection.share + at; };
+  const int64_t floats = kernels.share_floats(p);
+  const int64_t middle = floats / p.padded_state() * p.half_state();
+  const auto add = [&](size_t to, size_t from) {
+    for (int64_t k = 0; k < floats; ++k) share(to)[k] += share(from)[k];
   };
-  const int64_t middle = kTile * p.half_state();  // a share holds the first half of the states first
-  float* total = share(first);
-  for (size_t i = first + 1; i < last; ++i) {
-    const float* other = share(i);
-    const int64_t from = items[i].half == 1 ? middle : 0;
-    const int64_t to = items[i].half == 0 ? middle : share_floats(p);
-    if (i == first + 1 && items[i].half == 1) {  // the other half of the first item
-      std::copy(other + from, other + to, total + from);
-    } else {
-      for (int64_t k = from; k < to; ++k) total[k] += other[k];
-    }
+  const size_t halves = items[first].half >= 0 ? 2 : 1;
+  for (size_t i = first; halves == 2 && i < last; i += 2) std::copy_n(share(i + 1) + middle, floats - middle, share(i) + middle);
+  const size_t together = items[first].blocks > 1 ? 1 : halves * kMaxBlocks;
+  for (size_t i = first; i < last; i += together) {
+    for (size_t k = i + halves; k < i + together && k < last; k += halves) add(i, k);
+    if (i > first) add(first, i);
   }
   const int64_t group = items[first].block / p.blocks_per_group();
-  kernels.store_projection(p, rows, items[first].batch, group, tile, total);
+  kernels.store_projection(p, projection.rows, items[first].batch, group, tile, share(first));
 }
 
 // Parameter gradients: items in order, so batch elements in order.
 void add_parameters(const Problem& p, const Kernels& kernels, const std::vector<Item>& items,
                     const std::vector<ItemMemory>& memory) {
-  for (size_t i = 0; i < items.size(); ++i) {
-    const BackwardCarry& carry = memory[i].carry;
-    const Item& item = items[i];
-    if (p.grad_A) kernels.add_state(p, item, carry.grad_A, p.grad_A);
-    if (p.grad_skip) kernels.add_channels(p, item.block, carry.grad_skip, p.grad_skip);
-    if (p.grad_delta_bias) kernels.add_channels(p, item.block, carry.grad_bias, p.grad_delta_bias);
-    if (p.grad_h0) {
-      float* start = p.grad_h0 + item.batch * p.channels * p.state;
-      kernels.add_state(p, item, carry.adjoint, start);
+  for (size_t k = 0; k < items.size(); ++k) {
+    const Item& item = items[k];
+    for (int i = 0; i < item.blocks; ++i) {
+      const BlockCarry& carry = memory[k].carry.blocks[i];
+      const int64_t block = item.block + i;
+      if (p.grad_A) kernels.add_state(p, item, block, carry.grad_A, p.grad_A);
+      if (p.grad_skip) kernels.add_channels(p, block, carry.grad_skip, p.grad_skip);
+      if (p.grad_delta_bias) kernels.add_channels(p, block, carry.grad_bias, p.grad_delta_bias);
+      if (p.grad_h0) {
+        float* start = p.grad_h0 + item.batch * p.channels * p.state;
+        kernels.add_state(p, item, block, carry.adjoint, start);
+      }
     }
   }
 }
@@ -198,6 +215,7 @@ std::vector<std::string> instruction_sets() {
 
 std::vector<int64_t> states_shape(int64_t batch, int64_t length, int64_t channels, int64_t groups,
                                   int64_t state, int64_t segment) {
+  check_segment(segment);
   Problem p{};
   p.segment = segment;
   p.batch = batch, p.length = length, p.channels = channels, p.groups = groups, p.state = state;
@@ -219,6 +237,7 @@ void with_threads(int threads, const Attempt& attempt) {
 void run_forward(const Problem& p, int threads, const std::string& instruction_set) {
   const Kernels& kernels = kernels_named(instruction_set);
   if (is_empty(p)) return;
+  check_segment(p.segment);
   check_order(p);
   const int64_t scratch = padded(kernels.forward_scratch(p));
   with_threads(useful_threads(p, threads), [&](Lease& lease) {
@@ -227,11 +246,13 @@ void run_forward(const Problem& p, int threads, const std::string& instruction_s
     if (can_halve(p, all_blocks(p), lease.threads())) {
       items = halves_of(items_of(p, 1), exchanges);
     } else {
-      items = items_of(p, forward_blocks(p, lease.threads()));
+      items = items_of(p, blocks_per_item(p, lease.threads(), {kMaxBlocks, 2, 1}));
     }
     std::atomic<size_t> next{0};
     Aligned memory(scratch * lease.threads());
     return lease.run([&](int thread) {
+      make_resident(p, p.out, thread, lease.threads());
+      if (p.states) make_resident(p.states, states_bytes(p), thread, lease.threads());
       // both halves of a block are taken before any other block: nobody waits for what nobody does
       for (size_t i = next++; i < items.size(); i = next++) {
         kernels.forward(p, items[i], memory.data + thread * scratch);
@@ -246,7 +267,7 @@ namespace {
 class Backward {
  public:
   Backward(const Problem& p, const Kernels& kernels, int threads)
-      : p_(p), kernels_(kernels), threads_(threads), items_(items_of(p, 1)) {
+      : p_(p), kernels_(kernels), threads_(threads), items_(items_of(p, blocks_per_item(p, threads, {kMaxBlocks, 1}))) {
     if (can_halve(p, all_blocks(p), threads)) items_ = halves_of(items_, exchanges_);
     for (const Item& item : items_) memory_.emplace_back(p, kernels, item);
     for (size_t i = 0; i < items_.size(); ++i) {
@@ -263,14 +284,18 @@ class Backward {
   }
 
   void work(int thread) {
+    for (const Rows* rows : {&p_.grad_u, &p_.grad_delta, &p_.grad_gate}) {
+      make_resident(p_, *rows, thread, threads_);
+    }
     const int64_t count = int64_t(items_.size());
     const int64_t first = count * thread / threads_, last = count * (thread + 1) / threads_;
     for (int64_t panel = panels_ - 1; panel >= 0; --panel) {
       await(&summed_[size_t(panel + kShareBuffers)], 1);
-      for (int64_t i = first; i < last; ++i) {
-        for (int64_t tile = end_of(panel) - 1; tile >= panel * kPanelTiles; --tile) {
-          kernels_.backward_tile(p_, items_[size_t(i)], tile, share_of(panel, tile), memory_[size_t(i)].carry,
-                                 scratches_->data + thread * scratch_);
+      for (int64_t tile = end_of(panel) - 1; tile >= panel * kPanelTiles; --tile) {
+        for (int64_t i = first; i < last; ++i) {
+          const Item& item = items_[size_t(i)];
+          kernels_.backward_tile(p_, item, tile, share_of(panel, tile), i > first && same_group(item, items_[size_t(i - 1)]),
+                                 memory_[size_t(i)].carry, scratches_->data + thread * scratch_);
         }
       }
       if (last > first && remaining_[size_t(panel)].fetch_sub(last - first) == last - first) sum(panel);
@@ -280,11 +305,15 @@ class Backward {
   void finish() const { add_parameters(p_, kernels_, items_, memory_); }
 
  private:
+  bool same_group(const Item& a, const Item& b) const {
+    return a.batch == b.batch && a.block / p_.blocks_per_group() == b.block / p_.blocks_per_group();
+  }
+
   int64_t end_of(int64_t panel) const { return std::min((panel + 1) * kPanelTiles, p_.tiles()); }
 
   int64_t share_of(int64_t panel, int64_t tile) const {
     const int64_t tiles = std::min<int64_t>(kPanelTiles, p_.tiles());
-    return (panel % kShareBuffers * tiles + tile - panel * kPanelTiles) * share_floats(p_);
+    return (panel % kShareBuffers * tiles + tile - panel * kPanelTiles) * kernels_.share_floats(p_);
   }
 
   void sum(int64_t panel) {
@@ -292,8 +321,10 @@ class Backward {
       for (size_t group = 0; group + 1 < starts_.size(); ++group) {
         const size_t from = starts_[group], to = starts_[group + 1];
         const int64_t at = share_of(panel, tile);
-        store_shares(p_, kernels_, p_.grad_B, true, items_, memory_, from, to, tile, at);
-        store_shares(p_, kernels_, p_.grad_C, false, items_, memory_, from, to, tile, at);
+        const Projection projections[] = {{p_.grad_B, &BackwardCarry::grad_B}, {p_.grad_C, &BackwardCarry::grad_C}};
+        for (const Projection& projection : projections) {
+          store_shares(p_, kernels_, projection, items_, memory_, from, to, tile, at);
+        }
       }
     }
     publish(&summed_[size_t(panel)], 1);
@@ -318,6 +349,7 @@ void run_backward(const Problem& p, int threads, const std::string& instruction_
   const Kernels& kernels = kernels_named(instruction_set);
   zero_parameters(p);
   if (is_empty(p)) return;
+  check_segment(p.segment);
   check_order(p);
   with_threads(useful_threads(p, threads), [&](Lease& lease) {
     Backward backward(p, kernels, lease.threads());

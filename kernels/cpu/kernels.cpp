@@ -36,6 +36,7 @@ Tokens tokens_of(const Problem& p, int64_t tile) {
     const int64_t position = p.reverse ? p.length - 1 - (first + t) : first + t;
     tokens.token[t] = p.order ? int64_t(p.order[position]) : position;
   }
+  for (int t = tokens.count; t < kTile; ++t) tokens.token[t] = 0;  // may be asked for ahead
   return tokens;
 }
 
@@ -126,30 +127,46 @@ MEDMAMBA_INLINE Vec decay_of(Vec dt, Vec rate, const Exp2Table& table) {
   return kOrdinary ? exp2_product(dt, rate, table) : exp2_product_safe(dt, rate, table);
 }
 
-// Rows to ask for while a tile is scanned, one token at a time: in one burst they would stop the processor.
-struct Prefetch {
-  static constexpr int kMost = 8;
-  const Tokens* tokens[kMost];
-  const char* base[kMost];
-  int64_t stride[kMost];
-  int count = 0;
-
-  void add(const Rows& rows, int64_t offset, const Tokens& of) {
-    if (rows.data == nullptr || rows.channel_stride != 1) return;
-    const int64_t size = rows.type == Type::float32 ? 4 : 2;
-    tokens[count] = &of;
-    base[count] = static_cast<const char*>(rows.data) + offset * size;
-    stride[count++] = rows.token_stride * size;
-  }
-};
-
-MEDMAMBA_INLINE void prefetch(const Prefetch& rows, int t) {
-  for (int i = 0; i < rows.count; ++i) {
-    if (t < rows.tokens[i]->count) {
-      __builtin_prefetch(rows.base[i] + rows.tokens[i]->token[t] * rows.stride[i], 0, 2);
+// Rows to ask for while a tile is scanned, one token at a time: in one burst they would stop the processor. What is
+// absent asks for the same harmless place again and again, which costs less than a branch.
+class Prefetch {
+ public:
+  Prefetch(const Tokens& reads, const Tokens& writes) : tokens_{&reads, &writes} {
+    for (auto& kind : rows_) {
+      for (Ahead& row : kind) row = {reinterpret_cast<const char*>(&reads), 0};
     }
   }
-}
+
+  void read(const Rows& rows, int64_t offset) { add(0, rows, offset); }
+  void write(const Rows& rows, int64_t offset) { add(1, rows, offset); }
+
+  MEDMAMBA_INLINE void ask(const Prefetch& rows, int t) {
+    for (int kind = 0; kind < 2; ++kind) {
+      const int64_t token = rows.tokens_[kind]->token[t];
+      MEDMAMBA_UNROLL for (int i = 0; i < kMost; ++i) {
+        const Ahead& row = rows.rows_[kind][i];
+        __builtin_prefetch(row.base + token * row.stride, 0, 2);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMost = 4;
+  struct Ahead {
+    const char* base;
+    int64_t stride;
+  };
+
+  void add(int kind, const Rows& rows, int64_t offset) {
+    if (rows.data == nullptr || rows.channel_stride != 1) return;
+    const int64_t size = rows.type == Type::float32 ? 4 : 2;
+    rows_[kind][counts_[kind]++] = {static_cast<const char*>(rows.data) + offset * size, rows.token_stride * size};
+  }
+
+  const Tokens* tokens_[2];
+  Ahead rows_[2][kMost];
+  int counts_[2] = {0, 0};
+};
 
 // ---------------------------------------------------------------------------------------------- forward
 
@@ -207,7 +224,7 @@ void scan_states(const ForwardTile& tile, float* sums, int from, int to, const f
     } else {
       store(sums + t * kLanes, load(sums + t * kLanes) + y[0]);
     }
-    if (tile.ahead != nullptr) prefetch(*tile.ahead, t);
+    if (tile.ahead != nullptr) Prefetch::ask(*tile.ahead, t);
     if (kLocal && (t + 1 == to || t + 1 - segment_start == tile.segment)) {
       add_local_states<kStates>(tile, sums, segment_start, t + 1);
       segment_start = t + 1;
@@ -351,11 +368,11 @@ void forward_block(const Problem& p, const Item& item, Forward& f, int i, int64_
   }
   const bool joint = is_joint(p, f.first_state, f.last_state);
   const bool ordinary = is_ordinary(open_tile(p, item, block, tokens, f.tile, joint), f.fastest[i]);
-  Prefetch ahead;
+  Prefetch ahead(next, tokens);
   for (const Rows* rows : {&p.u, &p.delta, &p.gate}) {
-    ahead.add(*rows, row_offset(*rows, item.batch, block), next);
+    ahead.read(*rows, row_offset(*rows, item.batch, block));
   }
-  ahead.add(p.out, row_offset(p.out, item.batch, block), tokens);
+  ahead.write(p.out, row_offset(p.out, item.batch, block));
   ForwardTile tile = f.tile;
   tile.ahead = &ahead;
   for (int t = 0; t < tokens.count;) {
@@ -417,7 +434,7 @@ struct BackwardTile {
   float *decay, *carried;  // [token][state of a group]: exp(dt A), and exp(dt A) h_{t-1}
   float* local;            // the same for the local state of a segment
   float *B, *C;
-  float *lanes_B, *lanes_C;  // sums over lanes under way, [token][kSumFloats]
+  float *lanes_B, *lanes_C;  // sums over lanes under way of one group of states, [token][kSumFloats]
   int padded_state;
   int segment;
   bool gated;
@@ -426,7 +443,8 @@ struct BackwardTile {
 constexpr int S = 4;  // states of a group: their recurrences and dA fill the registers
 static_assert(S == kStatePadding, "groups must cover the padded states");
 
-// Sums over the lanes of four states are carried as one vector until four tokens are done: the last steps are shared.
+// Sums over the lanes of four states are carried as one vector until all channels are added: the last steps are
+// shared.
 #if defined(__AVX512F__)
 constexpr int kSumFloats = 16;  // state n in the lanes 4n to 4n + 3
 
@@ -439,18 +457,19 @@ MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
   store(to, accumulate ? load(to) + c : c);
 }
 
-// Four tokens at once: [state][token].
-MEDMAMBA_INLINE void end_sums(const float* from, float* to) {
+// Four tokens at once: [token][pitch], four states each.
+MEDMAMBA_INLINE void end_sums(const float* from, float* to, int64_t pitch) {
   const __m512 c0 = __m512(load(from)), c1 = __m512(load(from + 16));
   const __m512 c2 = __m512(load(from + 32)), c3 = __m512(load(from + 48));
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(c0, c1), _mm512_unpackhi_ps(c0, c1));
   const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(c2, c3), _mm512_unpackhi_ps(c2, c3));
-  store(to, Vec(_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee))));
-}
-
-// Where token t and state n lie in a share.
-MEDMAMBA_INLINE int64_t share_at(int64_t t, int64_t n) {
-  return n / S * kTile * S + t / 4 * 16 + n % S * 4 + t % 4;
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const __m512i by_token = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512 rows = _mm512_permutexvar_ps(by_token, sums);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(rows));
+  _mm_storeu_ps(to + pitch, _mm512_extractf32x4_ps(rows, 1));
+  _mm_storeu_ps(to + 2 * pitch, _mm512_extractf32x4_ps(rows, 2));
+  _mm_storeu_ps(to + 3 * pitch, _mm512_extractf32x4_ps(rows, 3));
 }
 #else
 constexpr int kSumFloats = 4;
@@ -470,10 +489,14 @@ MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
   std::memcpy(to, &total, sizeof(Four));
 }
 
-MEDMAMBA_INLINE void end_sums(const float* from, float* to) { std::memcpy(to, from, 16 * sizeof(float)); }
-
-MEDMAMBA_INLINE int64_t share_at(int64_t t, int64_t n) { return n / S * kTile * S + t * S + n % S; }
+MEDMAMBA_INLINE void end_sums(const float* from, float* to, int64_t pitch) {
+  for (int t = 0; t < 4; ++t) std::memcpy(to + t * pitch, from + 4 * t, sizeof(Four));
+}
 #endif
+
+// A share: [group of states][token][kSumFloats].
+constexpr int kGroupShare = kTile * kSumFloats;
+int64_t share_floats(const Problem& p) { return p.padded_state() / S * kGroupShare; }
 
 // Four states of one vector of channels: where they lie, all [state][lane].
 struct StateGroup {
@@ -484,6 +507,10 @@ struct StateGroup {
   Sums sums;
   int lane;   // first lane of the vector
   int state0; // first state
+  // Where the sums over channels of these states go, and whether to add to what is there.
+  float *sums_B, *sums_C;
+  bool accumulate;
+  bool fresh;  // the first states of their half: nothing to add to in `sums`
 };
 
 template <bool kOrdinary, bool kGated, bool kExclusive>
@@ -508,9 +535,9 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int from, i
       grad_C[n] = dy * seen;
       if (kGated) y += C[n] * seen;
     }
-    if (kGated) store(g.sums.y + row, load(g.sums.y + row) + y);
-    begin_sums(grad_C, tile.lanes_C + t * kSumFloats, g.lane > 0);
-    if (ahead != nullptr) prefetch(*ahead, t);
+    if (kGated) store(g.sums.y + row, g.fresh ? y : load(g.sums.y + row) + y);
+    begin_sums(grad_C, g.sums_C + t * kSumFloats, g.accumulate);
+    if (ahead != nullptr) Prefetch::ask(*ahead, t);
   }
 }
 
@@ -532,14 +559,14 @@ void recompute_local(const BackwardTile& tile, const StateGroup& g, int count) {
       y += C[n] * local;
     }
     if (tile.gated) store(g.sums.y + row, load(g.sums.y + row) + y);
-    begin_sums(grad_C, tile.lanes_C + t * kSumFloats, true);
+    begin_sums(grad_C, g.sums_C + t * kSumFloats, true);
   }
 }
 
 // What an adjoint adds to the sums over states of one token.
 MEDMAMBA_INLINE void add_token(const StateGroup& g, int row, const float* B, const Vec* A, const Vec* input,
-                               const Vec* q) {
-  Vec by_input = load(g.sums.by_input + row), by_rate = load(g.sums.by_rate + row);
+                               const Vec* q, bool fresh) {
+  Vec by_input = fresh ? Vec{} : load(g.sums.by_input + row), by_rate = fresh ? Vec{} : load(g.sums.by_rate + row);
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     by_input += B[n] * input[n];
     by_rate += A[n] * q[n];
@@ -567,8 +594,8 @@ void walk_local(const BackwardTile& tile, const StateGroup& g, int count) {
       dA[n] += dt * q[n];
       grad_B[n] = x * input[n];
     }
-    add_token(g, row, B, A, input, q);
-    begin_sums(grad_B, tile.lanes_B + t * kSumFloats, g.lane > 0);
+    add_token(g, row, B, A, input, q, g.fresh);
+    begin_sums(grad_B, g.sums_B + t * kSumFloats, g.accumulate);
   }
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     store(g.grad_A + n * kLanes, load(g.grad_A + n * kLanes) + dA[n]);
@@ -582,7 +609,7 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int from, int to) 
     r[n] = load(g.adjoint + n * kLanes);
     A[n] = load(g.rates + n * kLanes);
   }
-  const bool accumulate = g.lane > 0 || tile.segment > 0;
+  const bool accumulate = g.accumulate || tile.segment > 0, fresh = g.fresh && tile.segment == 0;
   for (int t = to - 1; t >= from; --t) {
     const float* B = tile.B + t * tile.padded_state + g.state0;
     const float* C = tile.C + t * tile.padded_state + g.state0;
@@ -597,8 +624,8 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int from, int to) 
       dA[n] += dt * q[n];
       grad_B[n] = x * input[n];
     }
-    add_token(g, row, B, A, input, q);
-    begin_sums(grad_B, tile.lanes_B + t * kSumFloats, accumulate);
+    add_token(g, row, B, A, input, q, fresh);
+    begin_sums(grad_B, g.sums_B + t * kSumFloats, accumulate);
   }
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     store(g.adjoint + n * kLanes, r[n]);
@@ -672,11 +699,10 @@ float open_backward(const Problem& p, const Item& item, const Block& block, cons
   if (p.gate.data != nullptr) {
     load_tile(p.gate, row_offset(p.gate, item.batch, block), tokens, block.lanes, tile.gate_slope);
   }
+  const bool single = p.half_state() == p.padded_state();  // no states in the second half
   for (int i = 0; i < tokens.count * kLanes; i += kWidth) {
-    for (const Sums& sums : tile.sums) {
-      store(sums.by_input + i, Vec{});
-      store(sums.by_rate + i, Vec{});
-      store(sums.y + i, Vec{});
+    if (single) {
+      for (float* sums : {tile.sums[1].by_input, tile.sums[1].by_rate, tile.sums[1].y}) store(sums + i, Vec{});
     }
     if (p.gate.data != nullptr) {
       const Vec z = load(tile.gate_slope + i), grad = load(tile.dy + i), s = sigmoid(z, table);
@@ -689,7 +715,7 @@ float open_backward(const Problem& p, const Item& item, const Block& block, cons
 
 // Gradients of the rows and of the per-channel parameters, from the sums over the states.
 void close_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-                    const BackwardTile& tile, const Sums& other, const BackwardCarry& carry) {
+                    const BackwardTile& tile, const Sums& other, const BlockCarry& carry) {
   float skip[kLanes];
   channel_row(p.skip, block, skip);
   const Sums& own = tile.sums[0];
@@ -760,22 +786,21 @@ BackwardTile lay_out(const Problem& p, float* scratch) {
 // What is read for the tile before this one, and written for this one.
 Prefetch backward_prefetch(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
                            const Tokens& next) {
-  Prefetch ahead;
+  Prefetch ahead(next, tokens);
   for (const Rows* rows : {&p.u, &p.delta, &p.gate, &p.grad_out}) {
-    ahead.add(*rows, row_offset(*rows, item.batch, block), next);
+    ahead.read(*rows, row_offset(*rows, item.batch, block));
   }
   if (item.half == 1) return ahead;
   for (const Rows* rows : {&p.grad_u, &p.grad_delta, &p.grad_gate}) {
-    ahead.add(*rows, row_offset(*rows, item.batch, block), tokens);
+    ahead.write(*rows, row_offset(*rows, item.batch, block));
   }
   return ahead;
 }
 
-// Hands the sums of the second half over, or closes the tile with them.
+// Hands the sums of the second half over, or closes the tile with them. `done`: blocks of tiles finished before.
 void finish_backward(const Problem& p, const Item& item, const Block& block, const Tokens& tokens,
-                     const BackwardTile& tile, const BackwardCarry& carry, int64_t number) {
+                     const BackwardTile& tile, const BlockCarry& carry, int64_t done) {
   if (item.half < 0) return close_backward(p, item, block, tokens, tile, tile.sums[1], carry);
-  const int64_t done = p.tiles() - 1 - number;
   float(*slot)[kTileFloats] = item.exchange->rows[done % kRing];
   if (item.half == 1) {
     await(&item.exchange->consumed, done + 1 - kRing);
@@ -789,50 +814,85 @@ void finish_backward(const Problem& p, const Item& item, const Block& block, con
   publish(&item.exchange->consumed, done + 1);
 }
 
-void backward_tile(const Problem& p, const Item& item, int64_t number, int64_t share,
+// Adds the lanes of one block to what the blocks before have left.
+void add_lanes(const float* lanes, float* share, bool accumulate, int count) {
+  for (int at = 0; at < count * kSumFloats; at += 4) {
+    Four sum, before;
+    std::memcpy(&sum, lanes + at, sizeof(Four));
+    std::memcpy(&before, share + at, sizeof(Four));
+    if (accumulate) sum = before + sum;
+    std::memcpy(share + at, &sum, sizeof(Four));
+  }
+}
+
+// All groups of states of one block, and its sums over channels after those of the item's blocks before.
+void walk_block(const Problem& p, const Item& item, const BackwardTile& tile, int i, int64_t number, int count,
+                bool ordinary, const Prefetch& ahead, const BlockCarry& carry, float* share_B, float* share_C) {
+  const Prefetch* asked = &ahead;
+  const int64_t entering = (item.batch * p.tiles() + number) * p.blocks() + item.block + i;
+  const int half = int(p.half_state());
+  const int last = item.half == 0 ? half : tile.padded_state;
+  const bool direct = kVectors == 1 && tile.segment == 0;
+  for (int n = item.half == 1 ? half : 0; n < last; n += S) {
+    float *to_B = share_B + n / S * kGroupShare, *to_C = share_C + n / S * kGroupShare;
+    for (int lane = 0; lane < kLanes; lane += kWidth) {
+      const int64_t at = n * kLanes + lane;
+      const StateGroup g = {carry.rates + at,
+                            p.states + entering * p.state_floats() + at,
+                            carry.adjoint + at,
+                            carry.grad_A + at,
+                            tile.sums[n >= half],
+                            lane,
+                            n,
+                            direct ? to_B : tile.lanes_B,
+                            direct ? to_C : tile.lanes_C,
+                            direct ? i > 0 : lane > 0,
+                            n == 0 || n == half};
+      backward_states(p, tile, g, first_position(p, number), count, ordinary, asked);
+      asked = nullptr;
+    }
+    if (direct) continue;
+    add_lanes(tile.lanes_B, to_B, i > 0, count);
+    add_lanes(tile.lanes_C, to_C, i > 0, count);
+  }
+}
+
+void backward_tile(const Problem& p, const Item& item, int64_t number, int64_t share, bool same_projections,
                    BackwardCarry& carry, float* scratch) {
   const Tokens tokens = tokens_of(p, number);
   const Tokens next = tokens_of(p, number > 0 ? number - 1 : 0);
-  const Block block = block_at(p, item.block);
   const BackwardTile tile = lay_out(p, scratch);
-  load_projection(p.B, item.batch, block.group, p, tokens, tile.B);
-  load_projection(p.C, item.batch, block.group, p, tokens, tile.C);
-  const float largest = open_backward(p, item, block, tokens, tile);
-  const bool ordinary = is_ordinary(largest, carry.fastest);
-  const Prefetch ahead = backward_prefetch(p, item, block, tokens, next);
-  const Prefetch* asked = &ahead;
-  const int64_t entering = (item.batch * p.tiles() + number) * p.blocks() + item.block;
-  const int half = int(p.half_state());
-  const int last = item.half == 0 ? half : tile.padded_state;
-  for (int n = item.half == 1 ? half : 0; n < last; n += S) {
-    for (int lane = 0; lane < kLanes; lane += kWidth) {
-      const int64_t at = n * kLanes + lane;
-      const StateGroup g = {carry.rates + at,  p.states + entering * p.state_floats() + at,
-                            carry.adjoint + at, carry.grad_A + at, tile.sums[n >= half], lane, n};
-      backward_states(p, tile, g, first_position(p, number), tokens.count, ordinary, asked);
-      asked = nullptr;
-    }
-    for (int t = 0; t < tokens.count; t += 4) {
-      const int64_t to = share + (n / S * kTile + t) * S;
-      end_sums(tile.lanes_B + t * kSumFloats, carry.grad_B + to);
-      end_sums(tile.lanes_C + t * kSumFloats, carry.grad_C + to);
-    }
+  if (!same_projections) {
+    const int64_t group = block_at(p, item.block).group;
+    load_projection(p.B, item.batch, group, p, tokens, tile.B);
+    load_projection(p.C, item.batch, group, p, tokens, tile.C);
   }
-  finish_backward(p, item, block, tokens, tile, carry, number);
+  for (int i = 0; i < item.blocks; ++i) {
+    const Block block = block_at(p, item.block + i);
+    const BlockCarry& own = carry.blocks[i];
+    const bool ordinary = is_ordinary(open_backward(p, item, block, tokens, tile), own.fastest);
+    const Prefetch ahead = backward_prefetch(p, item, block, tokens, next);
+    walk_block(p, item, tile, i, number, tokens.count, ordinary, ahead, own, carry.grad_B + share,
+               carry.grad_C + share);
+    finish_backward(p, item, block, tokens, tile, own, (p.tiles() - 1 - number) * item.blocks + i);
+  }
 }
 
 void begin_backward(const Problem& p, const Item& item, BackwardCarry& carry) {
-  const Block block = block_at(p, item.block);
   const int64_t sequence = item.batch * p.channels * p.state;
-  gather_state(p.grad_h_last ? p.grad_h_last + sequence : nullptr, block, p, 1.0f, carry.adjoint);
-  gather_state(p.A, block, p, kLog2E, carry.rates);
-  carry.fastest = largest_rate(p, carry.rates);
+  for (int i = 0; i < item.blocks; ++i) {
+    const Block block = block_at(p, item.block + i);
+    BlockCarry& own = carry.blocks[i];
+    gather_state(p.grad_h_last ? p.grad_h_last + sequence : nullptr, block, p, 1.0f, own.adjoint);
+    gather_state(p.A, block, p, kLog2E, own.rates);
+    own.fastest = largest_rate(p, own.rates);
+  }
 }
 
 // ------------------------------------------------------------------------------------- for the driver
 
-void add_state(const Problem& p, const Item& item, const float* from, float* to) {
-  const Block block = block_at(p, item.block);
+void add_state(const Problem& p, const Item& item, int64_t number, const float* from, float* to) {
+  const Block block = block_at(p, number);
   const int64_t last = item.half == 0 ? p.half_state() : p.state;
   for (int lane = 0; lane < block.lanes; ++lane) {
     for (int64_t n = item.half == 1 ? p.half_state() : 0; n < last && n < p.state; ++n) {
@@ -847,25 +907,33 @@ void add_channels(const Problem& p, int64_t number, const float* from, float* to
 }
 
 template <class T>
-void store_projection_as(const Problem& p, const Rows& rows, int64_t offset, const Tokens& tokens,
-                         const float* from) {
-  typename T::Stored* base = static_cast<typename T::Stored*>(rows.data) + offset;
-  for (int t = 0; t < tokens.count; ++t) {
-    typename T::Stored* row = base + tokens.token[t] * rows.token_stride;
-    for (int64_t n = 0; n < p.state; ++n) {
-      row[n * rows.channel_stride] = T::narrow(from[share_at(t, n)]);
-    }
-  }
+void store_projection_as(const Rows& rows, int64_t offset, int64_t token, const float* from, int count) {
+  typename T::Stored* row = static_cast<typename T::Stored*>(rows.data) + offset + token * rows.token_stride;
+  if (rows.channel_stride == 1) return narrow_row<T>(from, row, count);
+  for (int n = 0; n < count; ++n) row[n * rows.channel_stride] = T::narrow(from[n]);
 }
 
 void store_projection(const Problem& p, const Rows& rows, int64_t batch, int64_t group, int64_t tile,
-                      const float* from) {
+                      const float* share) {
+  constexpr int kStates = 16;  // at once
   const Tokens tokens = tokens_of(p, tile);
   const int64_t offset = batch * rows.batch_stride + group * rows.group_stride;
-  switch (rows.type) {
-    case Type::float32: return store_projection_as<Float32>(p, rows, offset, tokens, from);
-    case Type::bfloat16: return store_projection_as<BFloat16>(p, rows, offset, tokens, from);
-    case Type::float16: return store_projection_as<Float16>(p, rows, offset, tokens, from);
+  alignas(64) float sums[kTile * kStates];
+  for (int64_t first = 0; first < p.state; first += kStates) {
+    const int count = int(p.state - first < kStates ? p.state - first : kStates);
+    for (int n = 0; n < count; n += S) {
+      const float* from = share + (first + n) / S * kGroupShare;
+      for (int t = 0; t < tokens.count; t += 4) end_sums(from + t * kSumFloats, sums + t * kStates + n, kStates);
+    }
+    const int64_t at = offset + first * rows.channel_stride;
+    for (int t = 0; t < tokens.count; ++t) {
+      const float* from = sums + t * kStates;
+      switch (rows.type) {
+        case Type::float32: store_projection_as<Float32>(rows, at, tokens.token[t], from, count); break;
+        case Type::bfloat16: store_projection_as<BFloat16>(rows, at, tokens.token[t], from, count); break;
+        case Type::float16: store_projection_as<Float16>(rows, at, tokens.token[t], from, count); break;
+      }
+    }
   }
 }
 
@@ -873,7 +941,8 @@ void store_projection(const Problem& p, const Rows& rows, int64_t batch, int64_t
 
 const Kernels kernels = {MEDMAMBA_ISA_NAME, forward,          forward_scratch,
                          begin_backward,    backward_tile,    backward_scratch,
-                         add_state,         add_channels,     store_projection};
+                         share_floats,      add_state,        add_channels,
+                         store_projection};
 
 }  // namespace MEDMAMBA_ISA
 

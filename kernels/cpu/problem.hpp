@@ -18,7 +18,8 @@ struct Rows {
   int64_t group_stride = 0;
 };
 
-constexpr int kTile = 64;        // tokens between two stored states, and of one pass over the rows
+constexpr int kTile = 32;        // tokens between two stored states, and of one pass over the rows: what the
+                                 // backward keeps of a tile fits the first cache
 constexpr int kLanes = 16;       // channels of one block, whatever the width of a register
 constexpr int kStatePadding = 4; // states are padded to a multiple of this with zeros
 
@@ -67,8 +68,10 @@ struct Problem {
   }
 };
 
-// Sums over states are taken as those of the first half plus those of the second, whoever computes them.
-// Up to kMaxBlocks neighbouring blocks of one group of one sequence: what one thread works on.
+// Sums over states are taken as those of the first half plus those of the second, whoever computes them. Sums over
+// channels (dB, dC) are taken over kMaxBlocks blocks one after the other, and then over what these have.
+// Up to kMaxBlocks neighbouring blocks of one group of one sequence: what one thread works on. In the backward one,
+// or as many as there are.
 constexpr int kMaxBlocks = 4;
 struct Exchange;
 struct Item {
@@ -92,16 +95,20 @@ struct Exchange {
 void await(const int64_t* counter, int64_t least);
 static inline void publish(int64_t* counter, int64_t value) { __atomic_store_n(counter, value, __ATOMIC_RELEASE); }
 
-// Where the backward of an item, one block, keeps what it carries from tile to tile, and its share of dB, dC.
-struct BackwardCarry {
+// What the backward of one block carries from tile to tile.
+struct BlockCarry {
   float* adjoint;    // (padded state, kLanes)
   float* rates;      // (padded state, kLanes): A log2(e)
   float* grad_A;     // (padded state, kLanes)
   float* grad_skip;  // (kLanes)
   float* grad_bias;  // (kLanes)
-  float* grad_B;     // (kPanelTiles, kTile * padded state), in the order of Kernels::store_projection
-  float* grad_C;     // likewise
   float fastest;     // largest of rates
+};
+
+// The same of an item, and its shares of dB and dC, (tiles under way, Kernels::share_floats).
+struct BackwardCarry {
+  BlockCarry blocks[kMaxBlocks];
+  float *grad_B, *grad_C;
 };
 constexpr int kPanelTiles = 4;  // tiles after which the shares of dB and dC are added up
 
@@ -111,16 +118,19 @@ struct Kernels {
   void (*forward)(const Problem&, const Item&, float* scratch);
   int64_t (*forward_scratch)(const Problem&);
   void (*begin_backward)(const Problem&, const Item&, BackwardCarry&);
-  // One tile, from the adjoint in carry; `share` counts floats in carry.grad_B.
-  void (*backward_tile)(const Problem&, const Item&, int64_t tile, int64_t share, BackwardCarry&,
-                        float* scratch);
+  // One tile, from the adjoints in carry; `share` counts floats in carry.grad_B. B and C of the tile are still in
+  // the scratch where `same_projections`.
+  void (*backward_tile)(const Problem&, const Item&, int64_t tile, int64_t share, bool same_projections,
+                        BackwardCarry&, float* scratch);
   int64_t (*backward_scratch)(const Problem&);
+  // Floats of the share of one tile in dB or dC: sums over channels under way, the first half of the states first.
+  int64_t (*share_floats)(const Problem&);
   // [state][lane] and [lane] of one block into (channels, state) and (channels).
-  void (*add_state)(const Problem&, const Item&, const float* from, float* to);
+  void (*add_state)(const Problem&, const Item&, int64_t block, const float* from, float* to);
   void (*add_channels)(const Problem&, int64_t block, const float* from, float* to);
-  // The shares of one tile and group into dB or dC.
+  // The share of one tile and group, all its items', into dB or dC.
   void (*store_projection)(const Problem&, const Rows&, int64_t batch, int64_t group, int64_t tile,
-                           const float* from);
+                           const float* share);
 };
 
 const Kernels& kernels_base();

@@ -139,7 +139,7 @@ MEDMAMBA_INLINE void narrow_row(const float* from, typename T::Stored* to, int c
   for (; i < count; ++i) to[i] = T::narrow(from[i]);
 }
 
-// Tokens of one tile: token[t] for t < count.
+// Tokens of one tile: token[t] for t < count, and 0 behind.
 struct Tokens {
   int64_t token[kTile];
   int count;
@@ -241,6 +241,13 @@ static void load_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens,
   if (rows.channel_stride == 1) {
     for (int t = 0; t < tokens.count; ++t) {
       widen_row<T>(base + tokens.token[t] * rows.token_stride, tile + t * pitch, lanes, pitch);
+    }
+    return;
+  }
+  if (rows.channel_stride == 0) {  // one value for all channels of a token
+    for (int t = 0; t < tokens.count; ++t) {
+      const float value = T::widen(base[tokens.token[t] * rows.token_stride]);
+      for (int i = 0; i < pitch; ++i) tile[t * pitch + i] = i < lanes ? value : 0.0f;
     }
     return;
   }

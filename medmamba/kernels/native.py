@@ -28,7 +28,7 @@ from medmamba.kernels.native_call import (
 )
 
 # as in kernels/cpu/problem.hpp
-TILE = 64  # tokens between two stored states
+TILE = 32  # tokens between two stored states
 LANES = 16  # channels of a block
 STATE_PADDING = 4
 FORWARDS = Walk()

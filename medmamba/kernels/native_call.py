@@ -71,8 +71,8 @@ def scan_inputs(
 
 
 def readable(rows: Tensor) -> Tensor:
-    """The tensor itself unless neither its last dimension nor its tokens are adjacent."""
-    if rows.stride(-1) == 1 or rows.stride(1) == 1:
+    """The tensor itself unless its last dimension and its tokens are both far apart."""
+    if rows.stride(-1) in (0, 1) or rows.stride(1) == 1:
         return rows
     return rows.contiguous()
 

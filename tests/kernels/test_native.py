@@ -23,7 +23,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return str(request.param)
 
 
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 64, 65, 200])
 @pytest.mark.parametrize("channels", [1, 16, 20, 64, 70])
 def test_agrees_for_ragged_shapes(instruction_set: str, length: int, channels: int) -> None:
     assert_agrees(native, make_arguments(Sizes(length=length, channels=channels)))
@@ -76,7 +76,7 @@ def test_agrees_for_orders(
     assert_agrees(native, arguments)
 
 
-@pytest.mark.parametrize("segment", [1, 3, 16, 24, 64])
+@pytest.mark.parametrize("segment", [1, 3, 16, 24, 32])
 @pytest.mark.parametrize("channels", [5, 64])
 @pytest.mark.parametrize("gated", [False, True])
 def test_agrees_for_local_segments(
@@ -92,7 +92,7 @@ def test_agrees_for_segments_with_order_and_resets(instruction_set: str) -> None
     assert_agrees(native, make_arguments(Sizes(length=150), **options))
 
 
-@pytest.mark.parametrize("segment", [65, 100, 150, 400])
+@pytest.mark.parametrize("segment", [33, 64, 100, 150, 400])
 @pytest.mark.parametrize("gated", [False, True])
 def test_agrees_for_segments_longer_than_a_tile(
     instruction_set: str, segment: int, gated: bool
@@ -221,6 +221,20 @@ def test_empty_problems_have_empty_results() -> None:
             assert torch.equal(grads.h0, last)
 
 
+@pytest.mark.parametrize("channels", [5, 40])
+def test_a_gradient_that_repeats_one_value_needs_no_copy(
+    instruction_set: str, channels: int
+) -> None:
+    arguments = make_arguments(Sizes(channels=channels, length=70))
+    out, _, states = native.forward(arguments, save_states=True)
+    per_token = torch.randn(out.shape[0], out.shape[1], 1)
+    for repeated in (torch.tensor(0.5).expand_as(out), per_token.expand_as(out)):
+        found = native.backward(arguments, states, repeated, None, ALL)
+        expected = native.backward(arguments, states, repeated.contiguous(), None, ALL)
+        for first, second in zip(found, expected, strict=True):
+            assert torch.equal(first, second)
+
+
 def test_unwanted_gradients_are_not_made() -> None:
     arguments = make_arguments(Sizes())
     out, _, states = native.forward(arguments, save_states=True)
@@ -254,8 +268,8 @@ def test_rows_beyond_32_bit_offsets(instruction_set: str, tmp_path: Path) -> Non
         assert torch.equal(near, found)
 
 
-@pytest.mark.parametrize("segment", [0, 1, 24, 64])
-@pytest.mark.parametrize("length", [0, 1, 64, 65, 2**40])
+@pytest.mark.parametrize("segment", [0, 1, 24, 32])
+@pytest.mark.parametrize("length", [0, 1, 32, 33, 64, 65, 2**40])
 def test_python_and_the_extension_agree_on_the_states(segment: int, length: int) -> None:
     u = torch.empty(1, 1, 1).expand(3, length, 40)
     B = torch.empty(1, 1, 1, 1).expand(3, length, 2, 18)
