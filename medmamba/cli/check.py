@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medmamba.cli.options import Json
+from medmamba.cli.options import AssumeIdentity, Json, MaxVoxels, Strict, gate_of
+
+if TYPE_CHECKING:
+    from medmamba.io import Gate
 
 EXIT_SOME, EXIT_NONE, EXIT_DATASET = 4, 5, 3
 
@@ -24,6 +27,9 @@ def check(
     dataset: Annotated[
         bool, typer.Option("--dataset", help="IN is a raw dataset to train on: verify all of it.")
     ] = False,
+    strict: Strict = False,
+    assume_identity: AssumeIdentity = False,
+    max_voxels: MaxVoxels = None,
     as_json: Json = False,
 ) -> None:
     """Judge images as predict would: headers, payload, geometry, channels, values.
@@ -34,15 +40,20 @@ def check(
     raise typer.Exit(
         _check_dataset(images, as_json=as_json)
         if dataset
-        else _check_images(images, model, as_json=as_json)
+        else _check_images(
+            images,
+            model,
+            gate_of(strict=strict, assume_identity=assume_identity, max_voxels=max_voxels),
+            as_json=as_json,
+        )
     )
 
 
-def _check_images(images: Path, model: Path | None, *, as_json: bool) -> int:
+def _check_images(images: Path, model: Path | None, gate: "Gate", *, as_json: bool) -> int:
     from medmamba.files import to_json, to_plain
     from medmamba.pipeline.checking import check as run_check
 
-    cases = run_check(images, model=model)
+    cases = run_check(images, model=model, gate=gate)
     accepted = [case for case in cases if case.accepted]
     if as_json:
         rows = [to_plain(case) | {"accepted": case.accepted} for case in cases]

@@ -1,14 +1,20 @@
 """Options that several commands share, and reading of human durations."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medmamba.errors import UsageError
 
+if TYPE_CHECKING:
+    from medmamba.io import Gate
+
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([BKMGT])?(?:I?B)?")
 
 WorkFolder = Annotated[
     Path, typer.Argument(metavar="WORK", help="Work folder that `medmamba plan` made.")
@@ -49,7 +55,46 @@ Device = Annotated[
         help="Where to compute; auto says its choice.",
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Reject what is otherwise only warned of: tilted grids, odd values."
+    ),
+]
+AssumeIdentity = Annotated[
+    bool,
+    typer.Option("--assume-identity", help="Accept files that do not say where their voxels are."),
+]
+MaxVoxels = Annotated[
+    int | None,
+    typer.Option("--max-voxels", min=1, help="Reject files with more (default: 2 000 000 000)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def gate_of(*, strict: bool, assume_identity: bool, max_voxels: int | None) -> "Gate":
+    """Return the input gate that these options ask for."""
+    from medmamba.io import DEFAULT_GATE
+
+    return replace(
+        DEFAULT_GATE,
+        strict=strict,
+        assume_identity=assume_identity,
+        max_voxels=max_voxels or DEFAULT_GATE.max_voxels,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Read ``16G``, ``512M`` or plain bytes into bytes; units are powers of 1024.
+
+    Raises:
+        UsageError: it is none of these, or not positive.
+    """
+    match = SIZE.fullmatch(text.strip().upper())
+    size = int(float(match[1]) * 1024 ** "BKMGT".index(match[2] or "B")) if match else 0
+    if size <= 0:
+        raise UsageError(f"size '{text}': write it like 16G or 512M.")
+    return size
 
 
 def parse_duration(text: str) -> float:

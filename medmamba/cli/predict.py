@@ -1,12 +1,25 @@
 """``medmamba predict``: masks for new images."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from medmamba.cli.options import Device, Json, Workers, format_duration
+from medmamba.cli.dry_run import show_dry_run
+from medmamba.cli.events import events_to
+from medmamba.cli.options import (
+    AssumeIdentity,
+    Device,
+    Json,
+    MaxVoxels,
+    Strict,
+    Workers,
+    format_duration,
+    gate_of,
+    parse_size,
+)
 from medmamba.errors import UsageError
 
 if TYPE_CHECKING:
@@ -139,6 +152,25 @@ def predict(
         bool,
         typer.Option("--report/--no-report", help="Write a page with pictures of every case."),
     ] = True,
+    strict: Strict = False,
+    assume_identity: AssumeIdentity = False,
+    max_voxels: MaxVoxels = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ram", metavar="SIZE", help="Reject cases that take more (default: what is free)."
+        ),
+    ] = None,
+    dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done with each case; write nothing."),
+    ] = False,
+    events: Annotated[
+        str | None,
+        typer.Option(
+            "--events", metavar="FILE|-", help="Append one JSON line per event while it runs."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -149,8 +181,6 @@ def predict(
 
     Exit code 0: all done; 4: some cases rejected or failed; 5: none succeeded.
     """
-    from medmamba.pipeline.predicting import predict as run_predict
-
     if overwrite not in OVERWRITE:
         raise UsageError(f"--overwrite '{overwrite}': choose one of {', '.join(OVERWRITE)}.")
     if fail_on not in FAIL_ON:
@@ -161,36 +191,46 @@ def predict(
             f"--save-probabilities '{save_probabilities}': choose one of "
             f"{', '.join(PROBABILITIES)}."
         )
-    outcome = run_predict(
-        images,
-        output,
-        model,
-        mirror=mirror,
-        step=step,
-        precision=precision,
-        device=device,
-        compat=compat,
-        overwrite=overwrite,
-        workers=workers,
-        shard=shard,
-        root=root,
-        follow_links=follow_links,
-        fail_on=fail_on,
-        max_failures=max_failures,
-        timeout_per_case=timeout,
-        grace_s=grace,
-        supervised=not in_process,
-        split=split,
-        save_probabilities=kept,
-        report=report,
-        on_case=print_case,
-        on_message=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    if events == "-" and as_json:
+        raise UsageError("--events - and --json both write to standard output; choose one.")
+    shared: dict[str, Any] = {
+        "overwrite": overwrite, "shard": shard, "split": split, "root": root,
+        "follow_links": follow_links,
+        "gate": gate_of(strict=strict, assume_identity=assume_identity, max_voxels=max_voxels),
+        "max_ram_bytes": None if max_ram is None else parse_size(max_ram),
+    }  # fmt: skip
+    if dry:
+        raise typer.Exit(show_dry_run(images, output, model, as_json=as_json, **shared))
+    from medmamba.pipeline.predicting import predict as run_predict
+
+    with events_to(events) as on_event:
+        outcome = run_predict(
+            images,
+            output,
+            model,
+            mirror=mirror,
+            step=step,
+            precision=precision,
+            device=device,
+            compat=compat,
+            workers=workers,
+            on_event=on_event,
+            fail_on=fail_on,
+            max_failures=max_failures,
+            timeout_per_case=timeout,
+            grace_s=grace,
+            supervised=not in_process,
+            save_probabilities=kept,
+            report=report,
+            on_case=print_case,
+            on_message=say,
+            **shared,
+        )
     if as_json:
         from medmamba.files import to_json
 
         sys.stdout.write(to_json(outcome.summary()))
-    else:
+    elif events != "-":
         print(
             f"{outcome.succeeded} of {outcome.total} cases have a mask in {output} "
             f"({format_duration(outcome.elapsed_s)})"
@@ -208,4 +248,10 @@ def print_case(record: "CommitRecord", done: int, total: int, remaining_s: float
     else:
         warnings = f" ({'; '.join(record.warnings)})" if record.warnings else ""
         text = f"{record.status}{warnings}"
-    print(f"{done}/{total} {record.case_id}: {text}{tail}", file=sys.stderr, flush=True)
+    say(f"{done}/{total} {record.case_id}: {text}{tail}")
+
+
+def say(text: str) -> None:
+    """Talk on standard error; if nobody can hear it (a full disk), the work still goes on."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

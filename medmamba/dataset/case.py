@@ -1,5 +1,6 @@
 """A case and a dataset as values; reading a case and holding its files against each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from medmamba.io import (
     Gate,
     SourceHeader,
     judge_image,
+    judge_modality,
     read_image,
     read_labels,
     turn,
@@ -25,6 +27,9 @@ CHANNEL_TOLERANCE_VOXELS = 1e-3
 """Channels of a case to predict must lie on one grid to this accuracy at every corner."""
 TRAINING_TOLERANCE_VOXELS = 0.1
 """Training files may differ by what rewriting a header costs; that much moves no label."""
+
+STRICT_CODES = {"W_HU_RANGE": "E_HU_RANGE", "W_MODALITY": "E_MODALITY"}
+"""What a strict gate makes of warnings about values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,7 @@ def load_case(
     dimension: int | None = None,
     gate: Gate | None = None,
     orientation: str | None = None,
+    channel_names: Sequence[str] = (),
     allow_geometry_mismatch: bool = False,
 ) -> tuple[Volume, Volume | None, SourceHeader]:
     """Read image (C, D, H, W), labels (1, D, H, W) if there are any, and the first file's header.
@@ -115,6 +121,7 @@ def load_case(
         gate: limits of reading; files with labels are read with the training gate by default.
         orientation: turn the axes to point this way, such as ``RAS``; as stored when None.
             ``write_labels`` turns labels back.
+        channel_names: what the model calls its channels; one named ``CT`` is held to it.
         allow_geometry_mismatch: accept files whose grids agree in shape only.
 
     Raises:
@@ -134,6 +141,7 @@ def load_case(
         )
     _require_channels(case, image, channels)
     header = _judge_values(case, image, header, training=training)
+    header = _judge_modality(case, image, header, channel_names, strict=chosen.strict)
     if case.labels is None:
         if orientation is not None:
             image, header = turn(image, header, orientation)
@@ -193,6 +201,18 @@ def _require_channels(case: Case, image: Volume, channels: int | None) -> None:
         f"Name the files {case.id}_0000 to {case.id}_{channels - 1:04d}.",
         code="E_CHAN_COUNT",
     )
+
+
+def _judge_modality(
+    case: Case, image: Volume, header: SourceHeader, names: Sequence[str], *, strict: bool
+) -> SourceHeader:
+    findings = judge_modality(image.array, names)  # type: ignore[arg-type]
+    if findings and strict:
+        raise InputError(
+            f"case {case.id}: {findings[0].message} Export it again, or predict without --strict.",
+            code=STRICT_CODES[findings[0].code],
+        )
+    return replace(header, warnings=(*header.warnings, *map(str, findings)))
 
 
 def _judge_values(

@@ -69,6 +69,8 @@ class CaseWork:
         gate: limits and permissions of reading.
         segments: what DICOM outputs hold; by label names when empty.
         on_tiles: called within a case.
+        channel_names: what the model calls its channels.
+        budget_bytes: memory that a case may take; None for no limit.
     """
 
     def __init__(
@@ -79,7 +81,11 @@ class CaseWork:
         gate: Gate = DEFAULT_GATE,
         segments: Sequence[SegmentLabel] = (),
         on_tiles: OnTiles | None = None,
+        channel_names: Sequence[str] = (),
+        budget_bytes: int | None = None,
     ) -> None:
+        self._channel_names = tuple(channel_names)
+        self._budget_bytes = budget_bytes
         self._ledger = ledger
         self._predictor = predictor
         self._gate = gate
@@ -98,12 +104,14 @@ class CaseWork:
             job.key = work_key(job.inputs, self._ledger.model, self._ledger.parameters)
             job.record = self._ledger.kept(case, job.key)
             if job.record is None:
+                self._require_room(case)
                 with job.watch.time("read"):
                     image, _, job.header = load_case(
                         case,
                         channels=self._predictor.channels,
                         dimension=len(self._predictor.patch_size),
                         gate=self._gate,
+                        channel_names=self._channel_names,
                     )
                 with job.watch.time("preprocess"):
                     job.prepared = self._predictor.prepare(image)
@@ -119,6 +127,19 @@ class CaseWork:
             return 0  # reading it will say what is wrong
         voxels = sum(prod(header.geometry.shape) * header.channels for header in headers)
         return voxels * BYTES_PER_VOXEL_READ
+
+    def _require_room(self, case: Case) -> None:
+        """Refuse a case that would exceed the memory there is, before anything is allocated."""
+        if self._budget_bytes is None:
+            return
+        needed = self.expected_bytes(case)
+        if needed > self._budget_bytes:
+            raise InputError(
+                f"case {case.id}: takes at least {needed / 2**30:.1f} GiB of memory, "
+                f"{self._budget_bytes / 2**30:.1f} GiB are there or allowed (--max-ram). Crop the "
+                "image or use a larger machine.",
+                code="E_LIMIT_RAM",
+            )
 
     def infer(self, job: Job, drain: DrainRequest) -> Job:
         """Run the networks, unless a signal asks to stop and the case would take too long."""

@@ -24,7 +24,7 @@ from medmamba.inference.casework import CaseWork, OnTiles
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
 from medmamba.inference.history import records_of_run
 from medmamba.inference.job import CasePredictor, Job
-from medmamba.inference.journal import Run, sweep_temporary_files
+from medmamba.inference.journal import OnEvent, Run, sweep_temporary_files
 from medmamba.inference.ledger import Ledger
 from medmamba.inference.overlap import PREFETCH_BYTES, Work, take_from, work_through
 from medmamba.inference.records import DONE, CommitRecord, ModelIdentity
@@ -96,6 +96,9 @@ def predict_cases(
     segments: Sequence[SegmentLabel] = (),
     on_case: OnCase | None = None,
     on_tiles: OnTiles | None = None,
+    on_event: OnEvent | None = None,
+    channel_names: Sequence[str] = (),
+    budget_bytes: int | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, and a summary of the run.
 
@@ -118,19 +121,25 @@ def predict_cases(
         segments: names, codes and colours of what DICOM outputs hold; by label names when empty.
         on_case: called per finished case.
         on_tiles: called within a case, for those that take long.
+        on_event: called with every event of the journal.
+        channel_names: what the model calls its channels.
+        budget_bytes: memory that a case may take; None for no limit.
 
     Raises:
         EnvironmentFault: the folder cannot be written.
         UsageError: the folder holds the inputs.
     """
     prepare_folder(cases, folder)
-    run = Run(folder)
+    run = Run(folder, on_event=on_event)
     parameters = predictor.parameters()
     ledger = Ledger(
         folder, run=run, model=model, parameters=parameters, numerics=predictor.numerics(),
         overwrite=overwrite,
     )  # fmt: skip
-    work = CaseWork(ledger, predictor, gate=gate, segments=segments, on_tiles=on_tiles)
+    work = CaseWork(
+        ledger, predictor, gate=gate, segments=segments, on_tiles=on_tiles,
+        channel_names=channel_names, budget_bytes=budget_bytes,
+    )  # fmt: skip
     total = count_work(cases, rejected, total)
     tally = Tally(total, on_case=on_case, max_failures=max_failures)
     with run, nullcontext(drain) if drain else drain_on_signals(grace_s) as drain:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -56,6 +56,10 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
 
 
+OnEvent = Callable[[dict[str, Any]], None]
+"""Called with an event's name (``event``), time and values."""
+
+
 class RunLog(Protocol):
     """What the work on a case tells of itself."""
 
@@ -73,9 +77,18 @@ class Run:
         folder: where masks go; the run's own folder is made inside.
         run_id: its name; a new one when omitted.
         worker: number of this process among those that share the run.
+        on_event: called with every event, once it is on disk.
     """
 
-    def __init__(self, folder: Path, run_id: str | None = None, *, worker: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str | None = None,
+        *,
+        worker: int = 0,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self._on_event = on_event
         self.run_id = run_id or new_run_id()
         self.folder = folder / RUNS_FOLDER / self.run_id
         self._journal = self.folder / f"journal-{worker}.jsonl"
@@ -128,6 +141,8 @@ class Run:
             except OSError as error:
                 raise not_writable(self._journal, error) from error
             self._previous = hashlib.sha256(line).hexdigest()
+            if self._on_event is not None:
+                self._on_event({key: value for key, value in entry.items() if key != "previous"})
 
     def set_aside(self, path: Path) -> None:
         """Move a mask that no record vouches for into the run's folder, as evidence."""

@@ -30,7 +30,7 @@ from medmamba.inference.engine import (
 )
 from medmamba.inference.history import records_of_run
 from medmamba.inference.job import Job
-from medmamba.inference.journal import Run
+from medmamba.inference.journal import OnEvent, Run
 from medmamba.inference.ledger import Ledger
 from medmamba.inference.overlap import Work
 from medmamba.inference.records import CaseError, CommitRecord
@@ -71,6 +71,7 @@ def predict_supervised(
     on_case: OnCase | None = None,
     on_tiles: OnTiles | None = None,
     on_ready: OnReady | None = None,
+    on_event: OnEvent | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, as ``engine.predict_cases`` does.
 
@@ -88,6 +89,7 @@ def predict_supervised(
         on_case: called per finished case.
         on_tiles: called within a case.
         on_ready: called once, when the model is loaded.
+        on_event: called with every event of the journal.
 
     Raises:
         MedMambaError: what a worker met that concerns the whole run, such as a broken model.
@@ -95,7 +97,7 @@ def predict_supervised(
         UsageError: the folder holds the inputs.
     """
     prepare_folder(cases, setup.folder)
-    run = Run(setup.folder)
+    run = Run(setup.folder, on_event=on_event)
     total = count_work(cases, rejected, total)
     tally = Tally(total, on_case=on_case, max_failures=max_failures)
     with run:

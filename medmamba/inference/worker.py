@@ -51,6 +51,8 @@ class WorkerSetup:
         overwrite: see ``engine.predict_cases``.
         gate: limits and permissions of reading.
         segments: what DICOM outputs hold.
+        channel_names: what the model calls its channels.
+        budget_bytes: memory that a case may take; None for no limit.
         prefetch_bytes: memory up to which the next case is read ahead.
         grace_s: a case that will be done within this time after a signal is finished.
         log_level: of the worker's messages on standard error.
@@ -65,6 +67,8 @@ class WorkerSetup:
     overwrite: str = "stale"
     gate: Gate = DEFAULT_GATE
     segments: tuple[SegmentLabel, ...] = ()
+    channel_names: tuple[str, ...] = ()
+    budget_bytes: int | None = None
     prefetch_bytes: int = PREFETCH_BYTES
     grace_s: float = 0.0
     log_level: int = logging.WARNING
@@ -101,8 +105,10 @@ def _work(
         parameters=parameters, numerics=numerics, overwrite=setup.overwrite,
     )  # fmt: skip
     work = CaseWork(
-        ledger, predictor, gate=setup.gate, segments=setup.segments, on_tiles=_tiles_to(supervisor)
-    )
+        ledger, predictor, gate=setup.gate, segments=setup.segments,
+        on_tiles=_tiles_to(supervisor), channel_names=setup.channel_names,
+        budget_bytes=setup.budget_bytes,
+    )  # fmt: skip
     supervisor.tell(ready=to_plain(parameters), numerics=to_plain(numerics), about=about)
     inbox = _Inbox(supervisor, DrainRequest(setup.grace_s))
     work_through(

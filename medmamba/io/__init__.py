@@ -27,7 +27,7 @@ from medmamba.io.header import (
 )
 from medmamba.io.orient import orientation_code, turn, turn_back, turned_geometry
 from medmamba.io.straighten import labels_on_source, straighten
-from medmamba.io.values import as_image, as_labels, judge_image
+from medmamba.io.values import as_image, as_labels, judge_image, judge_modality
 from medmamba.volume import Geometry, Volume, VolumeKind
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "holds_dicom",
     "is_dicom",
     "judge_image",
+    "judge_modality",
     "labels_on_file_grid",
     "orientation_code",
     "read_geometry",

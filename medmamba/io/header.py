@@ -41,7 +41,7 @@ class Gate:
         max_voxels: largest number of values a file may claim.
         max_bytes: largest decoded size, or None for no limit besides ``max_voxels``.
         assume_identity: accept files that do not say where their voxels are, as axis-aligned.
-        strict: reject every tilted grid.
+        strict: reject every tilted grid, and values that no image of its kind has.
         straighten: resample images with tilted axes to right angles.
         min_spacing_mm: smallest plausible voxel size.
         max_spacing_mm: largest plausible voxel size.

@@ -1,5 +1,6 @@
 """What the numbers of an image or a label map must be before anything is computed from them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,12 @@ FLOAT32_WHOLE_LIMIT = 2.0**24
 """Whole numbers beyond this are not all representable in float32."""
 FEW_LEVELS = 2
 _SAMPLE = 1 << 16
+
+LARGEST_HU = 32767.0
+"""CT numbers are stored with 12 to 16 bits; above is a negative number read without its sign."""
+SHIFTED_TISSUE = (900.0, 1200.0)
+"""Fat to muscle, -124 to 176 HU, plus 1024."""
+SHIFTED_SHARE = 0.05
 
 
 def as_image(stored: NDArray[np.generic], name: str) -> tuple[NDArray[np.float32], list[Finding]]:
@@ -95,6 +102,34 @@ def judge_image(array: NDArray[np.float32]) -> list[Finding]:
             message = f"{which}only the values {low:g} and {high:g} occur; is it a mask?"
             findings.append(Finding(code="W_VAL_FEWLEVELS", message=message))
     return findings
+
+
+def judge_modality(array: NDArray[np.float32], names: Sequence[str]) -> list[Finding]:
+    """Findings about values (C, D, H, W) that no image of the channel's kind has.
+
+    Args:
+        array: finite values.
+        names: of the channels, as the model calls them; ``CT`` promises Hounsfield units.
+    """
+    findings = []
+    for name, channel in zip(names, array, strict=False):
+        low, high = float(channel.min()), float(channel.max())
+        if name.strip().upper() != "CT":
+            continue
+        reach = f"channel {name}: values reach from {low:g} to {high:g}"
+        if high > LARGEST_HU or (low >= 0 and _is_shifted(channel)):
+            message = f"{reach}; Hounsfield units begin at -1024. Was the rescaling lost?"
+            findings.append(Finding(code="W_HU_RANGE", message=message))
+        elif low >= 0:
+            message = f"{reach}, without air or fat; is it a CT?"
+            findings.append(Finding(code="W_MODALITY", message=message))
+    return findings
+
+
+def _is_shifted(channel: NDArray[np.float32]) -> bool:
+    """Tell whether a part of the values lies where soft tissue is when 1024 was added to it."""
+    tissue = (channel > SHIFTED_TISSUE[0]) & (channel < SHIFTED_TISSUE[1])
+    return float(tissue.mean()) > SHIFTED_SHARE
 
 
 def _has_few_levels(channel: NDArray[np.float32], low: float, high: float) -> bool:

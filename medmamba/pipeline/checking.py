@@ -1,13 +1,14 @@
 """check(): the input gate alone, for images to predict. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medmamba.dataset import Case, find_cases, load_case
-from medmamba.errors import InputError
+from medmamba.errors import GeometryError, InputError
 from medmamba.files import RECORD_CONFIG
 from medmamba.inference.records import CaseError, CommitRecord, redacted
-from medmamba.io import Finding, check_file
+from medmamba.io import DEFAULT_GATE, Finding, Gate, check_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +33,35 @@ class CheckedCase:
         return not self.errors
 
 
-def check(images: Path | str, *, model: Path | str | None = None) -> tuple[CheckedCase, ...]:
+def check(
+    images: Path | str, *, model: Path | str | None = None, gate: Gate = DEFAULT_GATE
+) -> tuple[CheckedCase, ...]:
     """Judge images as ``predict`` would, without predicting.
 
     Args:
         images: an image, a folder, or a list file.
         model: a model folder, whose channels cases must then have; without one every file is
             judged by itself.
+        gate: limits and permissions of reading.
 
     Raises:
         UsageError: no image there.
         BundleError, SecurityError: the model cannot be used or trusted.
     """
     channels, dimension, ending = 1, 3, None
+    names: tuple[str, ...] = ()
     if model is not None:
         from medmamba.bundle import load_bundle
 
         bundle = load_bundle(Path(model))
-        channels, ending = len(bundle.manifest.channels), bundle.plan.file_ending or None
+        names, ending = bundle.manifest.channels, bundle.plan.file_ending or None
+        channels = len(names)
         dimension = bundle.configuration.grid.dimension
     listing = find_cases(Path(images), channels=channels, file_ending=ending)
     judged = [
-        _check_files(case) if model is None else _check_case(case, channels, dimension)
+        _check_files(case, gate)
+        if model is None
+        else check_case(case, channels, dimension, gate=gate, channel_names=names)
         for case in listing.cases
     ]
     rejected = [
@@ -63,8 +71,8 @@ def check(images: Path | str, *, model: Path | str | None = None) -> tuple[Check
     return tuple(sorted((*judged, *rejected), key=lambda item: item.case_id))
 
 
-def _check_files(case: Case) -> CheckedCase:
-    found = [finding for path in case.images for finding in check_file(path)]
+def _check_files(case: Case, gate: Gate) -> CheckedCase:
+    found = [finding for path in case.images for finding in check_file(path, gate=gate)]
     texts = [(finding, _text(finding, case)) for finding in found]
     return CheckedCase(
         case_id=case.id,
@@ -73,10 +81,24 @@ def _check_files(case: Case) -> CheckedCase:
     )
 
 
-def _check_case(case: Case, channels: int, dimension: int) -> CheckedCase:
+def check_case(
+    case: Case,
+    channels: int,
+    dimension: int,
+    *,
+    gate: Gate = DEFAULT_GATE,
+    channel_names: Sequence[str] = (),
+) -> CheckedCase:
+    """Read a case as ``predict`` would for a model of so many channels and dimensions."""
     try:
-        _, _, header = load_case(case, channels=channels, dimension=dimension)
-    except InputError as error:
+        _, _, header = load_case(
+            case,
+            channels=channels,
+            dimension=dimension,
+            gate=case.gate(gate),
+            channel_names=channel_names,
+        )
+    except (InputError, GeometryError) as error:
         found = Finding(code=error.code, message=error.message)
         return CheckedCase(case_id=case.id, errors=(_text(found, case),))
     return CheckedCase(case_id=case.id, warnings=tuple(header.warnings))

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from medmamba.bundle import Bundle, Manifest, load_bundle
 from medmamba.dataset import CaseListing, split_acquisitions
 from medmamba.dataset.manifest import CaseStream, open_cases
-from medmamba.dataset.shards import parse_shard
+from medmamba.dataset.shards import Shard, parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
 from medmamba.inference.draining import DEFAULT_GRACE_S, drain_on_signals
+from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
 from medmamba.pipeline.predictors import describe_settings, make_predictor
 from medmamba.pipeline.run_report import report_run
+from medmamba.preprocessing.memory_gate import available_bytes
 
 if TYPE_CHECKING:
+    from medmamba.inference.casework import OnTiles
     from medmamba.inference.engine import OnCase, PredictionRun
+    from medmamba.inference.journal import OnEvent
     from medmamba.inference.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -94,8 +98,11 @@ def predict(
     split: bool = False,
     save_probabilities: Literal["none", "float16", "uint8"] = "none",
     report: bool = True,
+    gate: Gate = DEFAULT_GATE,
+    max_ram_bytes: int | None = None,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
+    on_event: "OnEvent | None" = None,
 ) -> PredictOutcome:
     """Segment images; each mask lies on exactly the grid of its image.
 
@@ -122,8 +129,11 @@ def predict(
         save_probabilities: keep what labels are decided by, ``CASE_prob.b2nd``, in this form.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
         report: write ``run/<run>/report.html``, a page with pictures of every case.
+        gate: limits and permissions of reading; a strict one also computes every tile.
+        max_ram_bytes: reject a case that takes more memory; what is free now when None.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
+        on_event: called with every event of the journal, and with progress within cases.
 
     Raises:
         BundleError, SecurityError: the model cannot be used or trusted.
@@ -140,29 +150,27 @@ def predict(
     options: dict[str, Any] = {
         "mirror": mirror, "step": step, "precision": precision, "device": device,
         "compat": compat, "workers": workers, "probabilities": save_probabilities,
+        "reuse_constant": not gate.strict,
     }  # fmt: skip
     with drain_on_signals(grace_s) as drain, _workers(supervised, timeout_per_case) as start:
         bundle = load_bundle(Path(model))
         share = None if shard is None else parse_shard(shard)
-        work = open_cases(
-            Path(images),
-            channels=len(bundle.manifest.channels),
-            file_ending=bundle.plan.file_ending or None,
-            root=None if root is None else Path(root),
-            shard=share,
-            follow_links=follow_links,
-            stream=not split,
-            apart_from=Path(output),
-        )
-        if split and isinstance(work, CaseListing):
-            work = split_acquisitions(work)
+        work = open_work(
+            bundle, Path(images), Path(output), root=root, share=share, follow_links=follow_links,
+            split=split,
+        )  # fmt: skip
         folder = require_writable_folder(Path(output))
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
-        segments = segments_of(bundle.manifest)
         books: dict[str, Any] = {
             "rejected": work.rejected if isinstance(work, CaseListing) else (),
             "total": work.total, "shard": str(share or ""), "fail_on": fail_on,
-            "max_failures": max_failures, "on_case": on_case,
+            "max_failures": max_failures, "on_case": on_case, "on_event": on_event,
+            "on_tiles": _progress_to(on_event),
+        }  # fmt: skip
+        reading: dict[str, Any] = {
+            "gate": gate, "segments": segments_of(bundle.manifest), "overwrite": overwrite,
+            "channel_names": bundle.manifest.channels,
+            "budget_bytes": max_ram_bytes or available_bytes(),
         }  # fmt: skip
 
         cases = work.cases if isinstance(work, CaseListing) else work
@@ -175,12 +183,11 @@ def predict(
             predictor = make_predictor(bundle, **options)
             announce(describe_settings(predictor))
             run = predict_cases(
-                cases, folder, predictor, model=identity, overwrite=overwrite,
-                segments=segments, drain=drain, **books,
+                cases, folder, predictor, model=identity, drain=drain, **books, **reading,
             )  # fmt: skip
         else:
             setup = WorkerSetup(
-                folder=folder, model=identity, overwrite=overwrite, segments=segments,
+                folder=folder, model=identity, **reading,
                 options={"bundle": str(bundle.folder), **options}, grace_s=drain.grace_s,
                 log_level=logging.getLogger().getEffectiveLevel(),
             )  # fmt: skip
@@ -188,8 +195,43 @@ def predict(
                 cases, setup, start, drain, timeout_s=timeout_per_case,
                 on_ready=lambda about: announce(about["settings"]), **books,
             )  # fmt: skip
-    page = report_run(run, cases) if report else None
+    # After a signal there is no time for pictures.
+    page = report_run(run, cases) if report and not drain.requested else None
     return PredictOutcome(run=run, report=page)
+
+
+def open_work(
+    bundle: Bundle,
+    images: Path,
+    output: Path,
+    *,
+    root: Path | str | None = None,
+    share: Shard | None = None,
+    follow_links: bool = False,
+    split: bool = False,
+) -> CaseListing | CaseStream:
+    """List or stream the cases that a model is asked to predict; arguments as of ``predict``."""
+    work = open_cases(
+        images,
+        channels=len(bundle.manifest.channels),
+        file_ending=bundle.plan.file_ending or None,
+        root=None if root is None else Path(root),
+        shard=share,
+        follow_links=follow_links,
+        stream=not split,
+        apart_from=output,
+    )
+    return split_acquisitions(work) if split and isinstance(work, CaseListing) else work
+
+
+def _progress_to(on_event: "OnEvent | None") -> "OnTiles | None":
+    """Tell of tiles in the way of events; these are too many for the journal."""
+    if on_event is None:
+        return None
+    tell = on_event
+    return lambda case, done, total: tell(
+        {"event": "progress", "case": case, "done": done, "total": total}
+    )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from medmamba.bundle import Bundle, load_bundle, load_networks, load_previous_ne
 from medmamba.plans.plan import ConfigurationPlan
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from medmamba.inference.ensemble import EnsemblePredictor
@@ -29,15 +28,19 @@ def make_predictor(
     device: str = "auto",
     compat: bool = False,
     workers: int | None = None,
+    reuse_constant: bool = True,
     probabilities: "ProbabilityKind" = "none",
 ) -> "EnsemblePredictor":
-    """Load the networks of a bundle onto a device, all members; arguments as of ``predict``."""
+    """Load the networks of a bundle onto a device, all members; arguments as of ``predict``.
+
+    ``reuse_constant`` computes tiles of one single value once.
+    """
     from medmamba.inference.ensemble import EnsemblePredictor
 
     members = [
         _member(
             model, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
-            workers=workers,
+            workers=workers, reuse_constant=reuse_constant,
         )
         for model in bundle.models
     ]  # fmt: skip
@@ -60,6 +63,7 @@ def _member(
     device: str,
     compat: bool,
     workers: int | None,
+    reuse_constant: bool,
 ) -> "Predictor":
     import torch
 
@@ -73,7 +77,9 @@ def _member(
         # Reduced precision only where the model was trained and validated in it.
         precision = "fp32"
     chosen = choose_precision(chosen_device, precision)
-    stages = _Stages(bundle, device=chosen_device, step=step, compat=compat)
+    stages = _Stages(
+        bundle, device=chosen_device, step=step, compat=compat, reuse_constant=reuse_constant
+    )
     if chosen == "fp32":
         return stages.predictor("fp32", mirror=mirror)
     parity = stages.parity(chosen)
@@ -84,15 +90,18 @@ def _member(
 
 
 class _Stages:
-    """The networks of a bundle, loaded once, as predictors of one precision or another."""
+    """The networks of a bundle, loaded once, as predictors of one precision or another.
 
-    def __init__(
-        self, bundle: Bundle, *, device: "torch.device", step: float = 0.5, compat: bool = False
-    ) -> None:
+    Args:
+        bundle: the model.
+        how: device and whatever else of `PredictionSettings` does not depend on the stage.
+    """
+
+    def __init__(self, bundle: Bundle, **how: Any) -> None:
         self._bundle = bundle
         self._networks = load_networks(bundle)
         self._previous = None if bundle.previous is None else load_previous_networks(bundle)
-        self._how: dict[str, Any] = {"device": device, "step": step, "compat": compat}
+        self._how = how
 
     def predictor(
         self,

@@ -39,10 +39,11 @@ class MemoryGate:
 
 def free_memory_gate() -> MemoryGate:
     """Return a gate for half of the memory that is free now."""
-    return MemoryGate(int(SHARE * _available_bytes()))
+    return MemoryGate(int(SHARE * available_bytes()))
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Return the memory that is free now, on the machine or in the container."""
     found = [_system_bytes(), _container_bytes()]
     return min((value for value in found if value is not None), default=UNKNOWN_BYTES)
 

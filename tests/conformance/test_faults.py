@@ -1,10 +1,8 @@
 """Faults of names, models, places and privacy through the real command (rows D, F, G, H)."""
 
 import json
-import shutil
 import socket
-import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -13,60 +11,13 @@ import pytest
 import torch
 
 from medmamba.bundle import save_bundle
-from medmamba.cli.app import main
 
 from ..test_bundle import CONFIGURATION, change_manifest, rehash, tiny_plan, weights
+from .conftest import predict
 from .phantom import nifti, packed, voxels
 
 WEIGHTS = Path("weights") / "fold_0.safetensors"
 SENTINELS = ("ZZPHI^NAME", "19450607", "ACC-0042-ZZ")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults") / "model"
-    save_bundle(
-        folder, plan=tiny_plan(), configuration=CONFIGURATION, weights=[weights(0)],
-        precision="fp32",
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture
-def model(made, tmp_path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(made, tmp_path / "model"))
-
-
-@pytest.fixture
-def images(tmp_path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for seed in range(2):
-        (folder / f"case{seed}_0000.nii.gz").write_bytes(packed(nifti(voxels(seed))))
-    return folder
-
-
-@pytest.fixture
-def medmamba(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run the program in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medmamba", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        caught = capsys.readouterr()
-        return int(end.value.code or 0), caught.out, caught.err
-
-    return run
-
-
-def predict(medmamba, images: Path, output: Path, model: Path, *options: str) -> tuple[int, dict]:
-    """Predict in this process, which is quicker; ``test_process`` has what concerns the worker."""
-    code, out, _ = medmamba("predict", "-i", images, "-o", output, "-m", model, "--json",
-                            *(options or ["--in-process"]))  # fmt: skip
-    return code, {item["case_id"]: item for item in json.loads(out)["cases"]}
 
 
 def flip_weights(folder: Path) -> None:
@@ -205,6 +156,39 @@ def test_a_run_of_failures_can_be_stopped(model, images, medmamba, tmp_path) -> 
                             "--max-failures", "2", "--json")  # fmt: skip
     assert code in (4, 5)
     assert len(json.loads(out)["cases"]) < 8
+
+
+def air_and_tissue(shift: float = 0.0) -> np.ndarray:
+    """A body of soft tissue in air, Hounsfield units."""
+    noise = np.random.default_rng(3).normal(40, 30, (20, 24, 16))
+    noise[:6] = -1000
+    return noise + shift
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        (air_and_tissue().astype(np.int16), ""),
+        (air_and_tissue(1024).clip(0).astype(np.int16), "HU_RANGE"),
+        (air_and_tissue().astype(np.int16).view(np.uint16), "HU_RANGE"),
+        (voxels().clip(0), "MODALITY"),
+    ],
+    ids=["C11 as it should be", "C11 shifted", "C11 wrapped", "C12 MR"],
+)
+def test_values_that_are_no_hounsfield_units_are_noticed(
+    values, code, images, medmamba, tmp_path
+) -> None:
+    model = tmp_path / "ct_model"
+    save_bundle(
+        model, plan=replace(tiny_plan(), channel_names=("CT",)), configuration=CONFIGURATION,
+        weights=[weights(0)], precision="fp32",
+    )  # fmt: skip
+    (images / "ct_0000.nii.gz").write_bytes(packed(nifti(values)))
+    record = predict(medmamba, images, tmp_path / "out", model)[1]["ct"]
+    assert [text.split(":")[0] for text in record["warnings"]] == ([f"W_{code}"] if code else [])
+    strict = predict(medmamba, images, tmp_path / "strict", model, "--in-process", "--strict")[1]
+    assert strict["ct"]["status"] == ("rejected" if code else "ok")
+    assert not code or strict["ct"]["error"]["code"] == f"E_{code}"
 
 
 def test_what_is_edited_is_made_again(model, images, medmamba, tmp_path) -> None:

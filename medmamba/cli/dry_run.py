@@ -1,0 +1,27 @@
+"""What ``predict --dry-run`` prints."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+EXIT_SOME, EXIT_NONE = 4, 5
+
+
+def show_dry_run(images: Path, output: Path, model: Path, *, as_json: bool, **options: Any) -> int:
+    """Print what would be done with each case; the exit code is that of ``check``."""
+    from medmamba.files import to_json, to_plain
+    from medmamba.pipeline.dry_run import dry_run
+
+    planned = dry_run(images, output, model, **options)
+    taken = [case for case in planned if case.decision != "reject"]
+    if as_json:
+        sys.stdout.write(to_json({"dry_run": True, "cases": [to_plain(case) for case in planned]}))
+    else:
+        for case in planned:
+            size = f", {case.memory_bytes / 2**20:.0f} MiB" if case.memory_bytes else ""
+            said = "; ".join((f"{case.reason}{size}", *case.warnings))
+            print(f"{case.decision:8} {case.case_id}  {said}")
+        counts = Counter(case.decision for case in planned)
+        print(", ".join(f"{name}: {counts[name]}" for name in ("predict", "keep", "reject")))
+    return 0 if len(taken) == len(planned) else EXIT_SOME if taken else EXIT_NONE
