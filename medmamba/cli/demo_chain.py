@@ -10,7 +10,6 @@ import medmamba
 from medmamba.cli.evaluate import print_evaluation
 from medmamba.cli.plan import print_plan
 from medmamba.cli.predict import print_case
-from medmamba.cli.train import print_epoch
 from medmamba.dataset import Case, Dataset, open_dataset, read_splits
 from medmamba.errors import DatasetError
 from medmamba.files import write_atomic
@@ -24,6 +23,7 @@ def run_chain(raw: Path, output: Path, *, network: str, max_time_s: float) -> No
         DatasetError: the dataset has no test cases with labels to score.
     """
     from medmamba.cli.display import StepProgress
+    from medmamba.cli.train_progress import TrainingDisplay
 
     dataset = open_dataset(raw)
     work, masks = output / "work", output / "masks"
@@ -31,10 +31,11 @@ def run_chain(raw: Path, output: Path, *, network: str, max_time_s: float) -> No
         planned = medmamba.plan(raw, work, network=network, on_progress=progress)
     print_plan(planned.plan)
     held_out = choose_held_out(dataset, work)
-    trained = medmamba.train(
-        work, network=network, fold=held_out.fold, max_time=max_time_s, overwrite=True,
-        on_epoch=print_epoch, on_message=_say,
-    )  # fmt: skip
+    with TrainingDisplay() as show:
+        trained = medmamba.train(
+            work, network=network, fold=held_out.fold, max_time=max_time_s, overwrite=True,
+            on_epoch=show.on_epoch, on_step=show.on_step, on_message=show.say,
+        )  # fmt: skip
     listing, references = write_held_out(held_out, dataset, output / "held_out")
     predicted = medmamba.predict(
         listing, masks, trained.model, overwrite="always", on_case=print_case, on_message=_say

@@ -1,10 +1,9 @@
 """``medmamba train``: train one fold of one network."""
 
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,14 +12,10 @@ from medmamba.cli.options import (
     WorkFolder,
     complete_network,
     complete_recipe,
-    format_duration,
     parse_duration,
 )
 from medmamba.cli.plan import DEFAULT_NETWORK
 from medmamba.errors import UsageError
-
-if TYPE_CHECKING:
-    from medmamba.training.progress import EpochReport
 
 
 def train(
@@ -193,6 +188,13 @@ def train(
             help="At the end, predict and score whole validation cases (not part of the budget).",
         ),
     ] = True,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write RUN/tensorboard, for `tensorboard --logdir RUN` (extra tensorboard).",
+        ),
+    ] = False,
 ) -> None:
     """Train one fold; writes checkpoints, log.jsonl, curves.png and a model to predict with.
 
@@ -229,6 +231,7 @@ def train(
         "device": device,
         "deterministic": deterministic,
         "validate": validate,
+        "tensorboard": tensorboard,
     }
     if folds is None:
         _train_one(work, parse_fold(fold), options)
@@ -237,9 +240,18 @@ def train(
 
 
 def _train_one(work: Path, fold: int | str, options: dict[str, Any]) -> None:
+    from medmamba.cli.train_progress import TrainingDisplay
     from medmamba.pipeline.training import train as run_train
 
-    outcome = run_train(work, fold=fold, on_epoch=print_epoch, on_message=_say, **options)
+    with TrainingDisplay() as show:
+        outcome = run_train(
+            work,
+            fold=fold,
+            on_epoch=show.on_epoch,
+            on_step=show.on_step,
+            on_message=show.say,
+            **options,
+        )
     if outcome.rank != 0:
         return
     print(f"epochs    {outcome.epochs}, validation Dice of patches {outcome.dice:.4f}")
@@ -251,17 +263,20 @@ def _train_one(work: Path, fold: int | str, options: dict[str, Any]) -> None:
 def _train_several(
     work: Path, folds: str, engine: str, address: str | None, options: dict[str, Any]
 ) -> None:
+    from medmamba.cli.train_progress import TrainingDisplay
     from medmamba.pipeline.folds import train_folds
 
-    outcomes = train_folds(
-        work,
-        folds=parse_folds(folds),
-        engine=engine,
-        address=address,
-        on_epoch=lambda fold, report: print_epoch(report),
-        on_message=_say,
-        **options,
-    )
+    with TrainingDisplay() as show:
+        outcomes = train_folds(
+            work,
+            folds=parse_folds(folds),
+            engine=engine,
+            address=address,
+            on_epoch=lambda fold, report: show.on_epoch(report),
+            on_step=lambda fold, report: show.on_step(report),
+            on_message=show.say,
+            **options,
+        )
     for outcome in outcomes:
         found = f"Dice of patches {outcome.dice:.4f}  {outcome.model}"
         print(f"fold {outcome.fold}    {outcome.problem or found}")
@@ -270,11 +285,7 @@ def _train_several(
         raise typer.Exit(failed[0].exit_code)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def parse_folds(text: str) -> "tuple[int, ...] | Literal['all']":
+def parse_folds(text: str) -> tuple[int, ...] | Literal["all"]:
     """Read ``all`` or fold numbers with commas between them.
 
     Raises:
@@ -299,19 +310,6 @@ def parse_fold(text: str) -> int | str:
     if text.isdecimal():
         return int(text)
     raise UsageError(f"--fold '{text}': a number from 0, or all.")
-
-
-def print_epoch(report: "EpochReport") -> None:
-    """One line an epoch: what a person watching wants to know."""
-    dice = f"{report.dice:.4f}" if report.dice == report.dice else "   -  "
-    print(
-        f"epoch {report.epoch + 1:>4}/{report.epochs:<4} loss {report.loss:+.4f}  "
-        f"val {report.validation_loss:+.4f}  Dice {dice}  lr {report.learning_rate:.2e}  "
-        f"{report.patches_per_s:5.1f} patches/s  {report.memory_gb:.1f} GB  "
-        f"left {format_duration(report.remaining_s)}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:

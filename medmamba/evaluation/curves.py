@@ -21,6 +21,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     # Imported here because it takes a second; the canvas is used without pyplot's global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: TID251
     from matplotlib.figure import Figure  # noqa: TID251
+    from matplotlib.ticker import MaxNLocator  # noqa: TID251
 
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,6 +44,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rate.plot(number, values("learning_rate"), color=COLOURS["training"], **style)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("epoch")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (loss, dice):
         axes.legend(loc="best", frameon=False, fontsize=9)
     for axes in (loss, dice, rate):

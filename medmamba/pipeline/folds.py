@@ -17,13 +17,16 @@ from medmamba.pipeline.training import train
 from medmamba.pipeline.work import choose_configuration, open_work
 
 if TYPE_CHECKING:
-    from medmamba.training.progress import EpochReport
+    from medmamba.training.progress import EpochReport, StepReport
 
 Engine = Literal["local", "ray"]
 ENGINES: tuple[Engine, ...] = ("local", "ray")
 
 OnEpoch = Callable[[int, "EpochReport"], None]
 """Called with the fold and the report of one of its epochs."""
+
+OnStep = Callable[[int, "StepReport"], None]
+"""Called with the fold and where in an epoch it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ def train_folds(
     configuration: str | None = None,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
     on_message: Callable[[str], None] | None = None,
     **options: Any,
 ) -> tuple[FoldOutcome, ...]:
@@ -76,6 +80,7 @@ def train_folds(
         configuration: 3d_fullres where it exists, else 2d, when None.
         resume: go on from what folds have saved; finished ones are left as they are.
         on_epoch: called after every epoch of a fold, while they run here.
+        on_step: likewise after every step.
         on_message: called with what was chosen, and on a cluster with what happens.
         options: as of :func:`train`.
 
@@ -97,7 +102,15 @@ def train_folds(
     say = on_message or (lambda text: None)
     if engine == "local":
         return tuple(
-            _train_here(place.folder, fold, chosen, resume=resume, on_epoch=on_epoch, say=say)
+            _train_here(
+                place.folder,
+                fold,
+                chosen,
+                resume=resume,
+                on_epoch=None if on_epoch is None else partial(on_epoch, fold),
+                on_step=None if on_step is None else partial(on_step, fold),
+                say=say,
+            )
             for fold in numbers
         )
     runs = {fold: place.run(network, name, fold) for fold in numbers}
@@ -121,12 +134,20 @@ def _train_here(
     options: Mapping[str, Any],
     *,
     resume: bool,
-    on_epoch: OnEpoch | None,
+    on_epoch: "Callable[[EpochReport], None] | None",
+    on_step: "Callable[[StepReport], None] | None",
     say: Callable[[str], None],
 ) -> FoldOutcome:
-    report = None if on_epoch is None else partial(on_epoch, fold)
     try:
-        done = train(work, fold=fold, resume=resume, on_epoch=report, on_message=say, **options)
+        done = train(
+            work,
+            fold=fold,
+            resume=resume,
+            on_epoch=on_epoch,
+            on_step=on_step,
+            on_message=say,
+            **options,
+        )
     except MedMambaError as error:
         if error.exit_code >= SIGNALLED:
             raise

@@ -23,7 +23,7 @@ from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
 
 if TYPE_CHECKING:
-    from medmamba.training.progress import EpochReport
+    from medmamba.training.progress import EpochReport, StepReport
     from medmamba.training.trainer import TrainingResult, TrainingSetup
 
 
@@ -70,7 +70,9 @@ def train(
     device: str = "auto",
     deterministic: bool = False,
     validate: bool = True,
+    tensorboard: bool = False,
     on_epoch: "Callable[[EpochReport], None] | None" = None,
+    on_step: "Callable[[StepReport], None] | None" = None,
     on_message: Callable[[str], None] | None = None,
 ) -> TrainOutcome:
     """Train one fold and write a model folder that ``predict`` uses.
@@ -110,7 +112,9 @@ def train(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         deterministic: bit-exact on GPUs too; CPU runs always are.
         validate: at the end, predict and score the fold's validation cases as wholes.
+        tensorboard: also write curves for TensorBoard (extra ``tensorboard``).
         on_epoch: called after every epoch.
+        on_step: called after every step and batch of validation.
         on_message: called with what was chosen and why.
 
     Raises:
@@ -122,6 +126,7 @@ def train(
         BundleError: pretrained weights that do not fit the network.
         SecurityError: a file of pretrained weights that holds more than data.
     """
+    from medmamba.training.board import require_tensorboard
     from medmamba.training.precision import resolve_device
     from medmamba.training.team import join_team
     from medmamba.training.trainer import TrainingSetup, train_fold
@@ -139,6 +144,8 @@ def train(
         dummy_2d=dummy_2d,
     )
     _check_options(max_time, changes, resume=resume, overwrite=overwrite)
+    if tensorboard:
+        require_tensorboard()
     beginning = Beginning(
         pretrained=None if pretrained is None else Path(pretrained),
         pretrained_mode=pretrained_mode,
@@ -170,6 +177,7 @@ def train(
         deterministic=deterministic,
         extend=extend,
         start=start,
+        tensorboard=tensorboard,
         outside_is_zero_channels=masked_channels(branch),
         previous_folder=None if previous is None else previous.folder,
         previous_identity="" if previous is None else previous.identity,
@@ -189,7 +197,7 @@ def train(
                     place, decided, name, previous, device=device, on_message=on_message
                 )
             team.wait()
-        result = train_fold(setup, resume=resume, on_progress=on_epoch, team=team)
+        result = train_fold(setup, resume=resume, on_progress=on_epoch, on_step=on_step, team=team)
         model = setup.run_folder / MODEL_FOLDER
         if team.leads:
             _write_model(model, decided, name, fold, setup, result, previous)
@@ -289,7 +297,14 @@ def _validate(
         return
     tell(f"validating {len(setup.split.validation)} whole cases")
     found = validate_cases(
-        load_bundle(model), place, setup.split.validation, setup.run_folder, device=setup.device
+        load_bundle(model),
+        place,
+        setup.split.validation,
+        setup.run_folder,
+        device=setup.device,
+        on_case=lambda scores, done, total: tell(
+            f"  {done}/{total} {scores.case_id}: Dice {scores.foreground_dice:.4f}"
+        ),
     )
     scores = ", ".join(
         f"{name} {'-' if dice is None else format(dice, '.4f')}"

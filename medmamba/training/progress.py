@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -61,6 +61,43 @@ class EpochReport:
     patches_per_s: float
     loading_share: float
     memory_gb: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Where the loop is within an epoch.
+
+    Args:
+        epoch: counted from 0.
+        validating: steps are validation batches; else those of training.
+        step, steps: done in this epoch, of how many; an estimate under a time budget.
+        loss: mean over the steps of the epoch so far.
+        patches_per_s: while training.
+        memory_gb: most memory held so far.
+    """
+
+    epoch: int
+    epochs: int
+    validating: bool
+    step: int
+    steps: int
+    loss: float
+    patches_per_s: float
+    memory_gb: float
+    remaining_s: float
+
+
+class Log(Protocol):
+    """Where the rows of a run go."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take one row."""
+
+    def sync(self) -> int:
+        """Bring all rows to disk and return the length of ``log.jsonl``."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class RunLog:

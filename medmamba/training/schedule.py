@@ -62,6 +62,9 @@ class Schedule(Protocol):
     def epochs(self) -> int:
         """Epochs of the whole run."""
 
+    def steps_in_epoch(self, epoch: int, steps: int) -> int:
+        """Steps of an epoch of which ``steps`` are done; an estimate where time decides."""
+
     def finished(self, epoch: int) -> bool:
         """Whether there is no epoch number ``epoch`` any more."""
 
@@ -111,6 +114,10 @@ class StepSchedule:
         self._clock = clock
         self._steps_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._overhead_s = 0.0
+
+    def steps_in_epoch(self, epoch: int, steps: int) -> int:
+        """See ``Schedule``."""
+        return self._recipe.iterations
 
     def finished(self, epoch: int) -> bool:
         """See ``Schedule``."""
@@ -183,6 +190,11 @@ class TimeSchedule:
             return max(self._overheads_s)
         return VALIDATION_SHARE * self._budget_s / self.epochs + FIRST_CHECKPOINT_S
 
+    def steps_in_epoch(self, epoch: int, steps: int) -> int:
+        """See ``Schedule``."""
+        left_s = self._end_s(epoch) - self._overhead_s - self._clock.elapsed_s()
+        return steps + max(0, round(left_s / self._step_s) if self._step_s else 0)
+
     def finished(self, epoch: int) -> bool:
         """See ``Schedule``; also when no step and its saving would fit any more."""
         needed = self._step_s + self._overhead_s if epoch > 0 else 0.0
@@ -192,11 +204,13 @@ class TimeSchedule:
         """See ``Schedule``; an epoch has one step at least."""
         if steps == 0:
             return True
-        share = (epoch + 1) / self.epochs
-        end = self._begin_s + (self._budget_s - self._begin_s) * share
         # Slices are kept on average, the end of the budget always.
         step = self._step_s if epoch + 1 >= self.epochs else self._step_s / 2
-        return self._clock.elapsed_s() + step + self._overhead_s <= end
+        return self._clock.elapsed_s() + step + self._overhead_s <= self._end_s(epoch)
+
+    def _end_s(self, epoch: int) -> float:
+        share = (epoch + 1) / self.epochs
+        return self._begin_s + (self._budget_s - self._begin_s) * share
 
     def learning_rate(self, epoch: int, steps: int) -> float:
         """Rate by the share of the training time that is used up."""

@@ -32,6 +32,7 @@ class TrainingSetup:
         previous_folder: of a cascade, where the coarse network's labels of every case are.
         previous_identity: what made them.
         start: weights to begin with instead of fresh ones.
+        tensorboard: also write what the log gets for TensorBoard.
     """
 
     run_folder: Path
@@ -51,6 +52,7 @@ class TrainingSetup:
     previous_folder: Path | None = None
     previous_identity: str = ""
     start: Start | None = None
+    tensorboard: bool = False
 
     @property
     def identity(self) -> dict[str, str]:

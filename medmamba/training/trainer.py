@@ -19,6 +19,7 @@ from medmamba.errors import CheckpointError, TrainingError
 from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
 from medmamba.networks import build_network
 from medmamba.preprocessing.store import CaseStore, PreviousStore
+from medmamba.training import board
 from medmamba.training import checkpoint as checkpoints
 from medmamba.training.draws import preset_of
 from medmamba.training.interruption import StopRequest, stop_on_signals
@@ -31,8 +32,10 @@ from medmamba.training.precision import (
 )
 from medmamba.training.progress import (
     EpochReport,
+    Log,
     RunLog,
     SilentLog,
+    StepReport,
     memory_gb,
     write_run_record,
 )
@@ -74,6 +77,7 @@ def train_fold(
     *,
     resume: bool = False,
     on_progress: Callable[[EpochReport], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
     team: Team = ALONE,
 ) -> TrainingResult:
     """Train until the schedule ends.
@@ -82,6 +86,7 @@ def train_fold(
         setup: the fold.
         resume: go on from the latest checkpoint, or start if there is none yet.
         on_progress: called after every epoch, on the rank that leads.
+        on_step: called there after every step, and every batch of validation.
         team: the processes that share every batch; all call this with the same setup.
 
     Raises:
@@ -95,7 +100,7 @@ def train_fold(
     keep_freed_memory()
     deterministic = deterministic_algorithms(setup.deterministic)
     with stop_on_signals() as stop, deterministic:
-        run = FoldRun(setup, clock, resume=resume, team=team)
+        run = FoldRun(setup, clock, resume=resume, on_step=on_step, team=team)
         try:
             run.train(stop, on_progress)
         finally:
@@ -107,9 +112,16 @@ class FoldRun:
     """The loop's state: everything a checkpoint holds, live."""
 
     def __init__(
-        self, setup: TrainingSetup, clock: Clock, *, resume: bool, team: Team = ALONE
+        self,
+        setup: TrainingSetup,
+        clock: Clock,
+        *,
+        resume: bool,
+        on_step: Callable[[StepReport], None] | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.setup = setup
+        self._on_step = on_step if team.leads else None
         self.team = team
         self.device = resolve_device(setup.device)
         self.precision = choose_precision(self.device, setup.precision)
@@ -135,7 +147,7 @@ class FoldRun:
         clock.before_s = self.state.elapsed_s
         self.schedule = make_schedule(setup.recipe, clock, setup.max_time_s)
         self._freezing = Freezing(network, setup.start, self.schedule.epochs)
-        self.log: RunLog | SilentLog = SilentLog()
+        self.log: Log = SilentLog()
         self.losses = list(self.state.losses)
         self._norms: list[float] = []
         self._skipped = 0
@@ -143,7 +155,7 @@ class FoldRun:
         self._curves_at = clock.elapsed_s()
         self._store = CaseStore(setup.store_folder)
         if team.leads:
-            self.log = RunLog(setup.run_folder / LOG, keep_bytes=self.state.log_bytes)
+            self.log = self._open_log()
             self._record_start()
 
     def _initial_state(self, resume: bool) -> RunState:
@@ -173,6 +185,13 @@ class FoldRun:
         if state.scaler:
             stepper.scaler.load_state_dict(dict(state.scaler))
         return dataclasses.replace(state, length=self.setup.length)
+
+    def _open_log(self) -> Log:
+        folder = self.setup.run_folder
+        log = RunLog(folder / LOG, keep_bytes=self.state.log_bytes)
+        if not self.setup.tensorboard:
+            return log
+        return board.BoardLog(log, folder / board.FOLDER, first=self.state.iteration)
 
     def _record_start(self) -> None:
         write_run_record(
@@ -250,6 +269,7 @@ class FoldRun:
             seconds = time.monotonic() - begun
             self._training_s += seconds
             self.schedule.step_took(seconds)
+            self._tell_step(self.state.steps, validating=False)
 
     def _agree_on_step(self, stop: StopRequest) -> tuple[float, bool, bool]:
         """Rate of the next step, whether there is one, and whether a signal asks to stop."""
@@ -334,6 +354,7 @@ class FoldRun:
         begun = time.monotonic()
 
         def goes_on(batches: int) -> bool:
+            self._tell_step(batches, validating=True)
             if settled is not None:
                 return batches < settled
             seconds = time.monotonic() - begun
@@ -353,9 +374,33 @@ class FoldRun:
             network.load_state_dict(weights)
         return found
 
+    def _tell_step(self, step: int, *, validating: bool) -> None:
+        if self._on_step is None:
+            return
+        epoch, settled = self.state.epoch, self.state.validation_batches
+        batches = self.setup.recipe.validation_iterations if settled is None else settled
+        steps = self.schedule.steps_in_epoch(epoch, self.state.steps)
+        self._on_step(
+            StepReport(
+                epoch=epoch,
+                epochs=self.schedule.epochs,
+                validating=validating,
+                step=step,
+                steps=batches if validating else max(step, steps),
+                loss=fmean(self.losses) if self.losses else float("nan"),
+                patches_per_s=self._patches_per_s,
+                memory_gb=memory_gb(self.device),
+                remaining_s=self.schedule.remaining_s(epoch, self.state.steps),
+            )
+        )
+
+    @property
+    def _patches_per_s(self) -> float:
+        steps = max(len(self.losses) + self._skipped, 1)
+        return steps * self._batch_size / max(self._training_s, 1e-9)
+
     def _report(self, validation: Validation, *, ema: float | None, is_best: bool) -> EpochReport:
         state, training_s = self.state, max(self._training_s, 1e-9)
-        steps = max(len(self.losses) + self._skipped, 1)
         return EpochReport(
             epoch=state.epoch,
             epochs=self.schedule.epochs,
@@ -372,7 +417,7 @@ class FoldRun:
             seconds=training_s,
             elapsed_s=self.schedule.elapsed_s(),
             remaining_s=self.schedule.remaining_s(state.epoch + 1, 0),
-            patches_per_s=steps * self._batch_size / training_s,
+            patches_per_s=self._patches_per_s,
             loading_share=self._waiting_s / training_s,
             memory_gb=memory_gb(self.device),
         )
@@ -404,7 +449,7 @@ class FoldRun:
 
     def _draw_curves(self, *, force: bool = False) -> None:
         now = self.schedule.elapsed_s()
-        if not isinstance(self.log, RunLog):
+        if not self.team.leads:
             return
         if not force and now - self._curves_at < CURVES_EVERY_S:
             return
@@ -412,7 +457,8 @@ class FoldRun:
 
         self._curves_at = now
         self.log.sync()
-        plot_curves(read_log(self.log.path), self.setup.run_folder / CURVES)
+        folder = self.setup.run_folder
+        plot_curves(read_log(folder / LOG), folder / CURVES)
 
     def result(self) -> TrainingResult:
         state = self.state
