@@ -25,7 +25,12 @@ def test_rows_of_the_log_become_scalars_at_their_iteration(tmp_path) -> None:
     log = BoardLog(RunLog(tmp_path / "log.jsonl", keep_bytes=0), tmp_path / "board", first=0)
     log.write({"kind": "step", "iteration": 1, "loss": 0.5, "lr": 0.1, "gradient_norm": None})
     log.write(
-        {"kind": "epoch", "iteration": 2, "dice": 0.25, "dice_per_class": {"liver": 0.75, "x": None}}
+        {
+            "kind": "epoch",
+            "iteration": 2,
+            "dice": 0.25,
+            "dice_per_class": {"liver": 0.75, "x": None},
+        }
     )
     log.sync()
     log.close()
