@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from medmamba.kernels.backend import forced_backend
+from medmamba.kernels.placement import is_fake, on_cpu
 
 COMPILED_TAPS = 8
 COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +57,7 @@ def causal_conv_silu(
     Returns:
         (B, L, E) in the type of ``x``, computed in float32 at least.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or not on_cpu(x):
         return functional.silu(_window_sums(x, weight[:, 0], bias, history)).to(x.dtype)
     return _CausalConv.apply(x, weight, bias, history)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -135,8 +136,8 @@ def conv_silu_backward(
 
 def _native_for(x: Tensor, weight: Tensor) -> ModuleType | None:
     compiled = (
-        x.device.type == "cpu"
-        and x.untyped_storage().device.type != "meta"
+        on_cpu(x)
+        and not is_fake(x)
         and x.dtype in COMPILED_TYPES
         and weight.shape[1] <= COMPILED_TAPS
         and forced_backend() in ("", "native")

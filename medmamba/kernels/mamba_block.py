@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from medmamba.kernels.causal_conv import causal_conv_silu
 from medmamba.kernels.linear import linear
 from medmamba.kernels.operator import selective_scan
+from medmamba.kernels.placement import is_fake, on_cpu
 
 STREAM_FROM_VALUES = 1 << 24
 """Inner values (B·L·E) from which a block is streamed. Below, its intermediates take at most about
@@ -116,7 +117,7 @@ def chunk_length(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> 
     inner = weights.A_log.shape[0]
     if tokens.shape[0] * tokens.shape[1] * inner < STREAM_FROM_VALUES or _whole.get():
         return 0
-    values = CPU_CHUNK_VALUES if tokens.device.type == "cpu" else GPU_CHUNK_VALUES
+    values = CPU_CHUNK_VALUES if on_cpu(tokens) else GPU_CHUNK_VALUES
     count = values // max(1, tokens.shape[0] * inner)
     unit = segment or MINIMUM_CHUNK
     return max(MINIMUM_CHUNK, count) // unit * unit or unit
@@ -189,8 +190,7 @@ class _Streamed(torch.autograd.Function):
         histories = carry.history.new_empty(len(starts), *carry.history.shape)
         states = carry.state.new_empty(len(starts), *carry.state.shape)
         out = tokens.new_empty(*tokens.shape[:2], weights.out_proj.shape[0])
-        # With fake tensors only sizes count, and one chunk has all of them.
-        needed = starts if out.untyped_storage().device.type != "meta" else starts[:1]
+        needed = starts[:1] if is_fake(out) else starts
         for index, start in enumerate(needed):
             histories[index], states[index] = carry
             piece = tokens[:, start : start + length]
@@ -211,7 +211,9 @@ class _Streamed(torch.autograd.Function):
         grad_carry = _Carry(*(torch.zeros_like(part) for part in carry))
         grad_tokens = torch.empty_like(tokens)
         totals = [torch.zeros_like(tensor, dtype=states.dtype) for tensor in tensors]
-        for index in reversed(range(len(states))):
+        count = len(states)
+        first = count - 1 if is_fake(states) else 0
+        for index in reversed(range(first, count)):
             part = slice(index * length, (index + 1) * length)
             leaves = [tokens[:, part], histories[index], states[index], *tensors]
             found = _chunk_gradients(leaves, grad[:, part], grad_carry, segment)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medmamba.errors import KernelError
+from medmamba.kernels import triton_cut
 from medmamba.kernels.arguments import (
     Gradients,
     Needs,
@@ -22,6 +23,7 @@ from medmamba.kernels.arguments import (
     empty_rows,
 )
 from medmamba.kernels.backend import choose
+from medmamba.kernels.placement import is_on_gpu
 from medmamba.kernels.scan_order import ScanOrder
 
 _TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? skip, Tensor? gate, " + (
@@ -295,7 +297,8 @@ def _forward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_fake(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = _arguments(values)
     dtype, u = arguments.compute_dtype, arguments.u
-    states = choose(arguments).states_shape(arguments) if values[-1] else (0,)
+    shape_of = triton_cut.states_shape if is_on_gpu() else choose(arguments).states_shape
+    states = shape_of(arguments) if values[-1] else (0,)
     return (
         empty_rows(u, arguments.out_dtype),
         u.new_empty((arguments.batch, arguments.channels, arguments.state), dtype=dtype),
@@ -411,6 +414,15 @@ def _autograd_backward(*values: Any) -> list[Tensor]:
         return list(apply(*values))
     found: list[Tensor] = _below_autograd(_SCAN_BACKWARD, values)
     return found
+
+
+def backward_buffers(values: Sequence[Any]) -> int:
+    """Bytes that the backward of a scan takes on a GPU beside its results, for estimates.
+
+    Args:
+        values: the arguments of the operator of the backward.
+    """
+    return triton_cut.backward_bytes(_arguments(values[3:]))
 
 
 def _below_autograd(function: Any, values: Sequence[Any]) -> Any:

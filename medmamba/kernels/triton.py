@@ -15,7 +15,7 @@ import triton  # noqa: TID251
 from torch import Tensor
 
 from medmamba.kernels.arguments import Gradients, Needs, ScanArguments, empty_rows
-from medmamba.kernels.triton_cut import DEFAULT, Tuning, causal_cut
+from medmamba.kernels.triton_cut import DEFAULT, Tuning, states_shape
 from medmamba.kernels.triton_gradients import differentiate
 from medmamba.kernels.triton_launch import Scan, laid_out_as
 
@@ -43,16 +43,6 @@ def description() -> str:
     """What runs, for the report."""
     interpreted = ", interpreted" if triton.knobs.runtime.interpret else ""
     return f"Triton {triton.__version__}{interpreted}"
-
-
-def states_shape(arguments: ScanArguments, tuning: Tuning = DEFAULT) -> tuple[int, ...]:
-    """(b, chunks, n, d), or (0,) where no state travels between programs."""
-    if _is_empty(arguments):
-        return (0,)
-    cut = causal_cut(arguments, tuning, trained=True)
-    if not cut.passes_states:
-        return (0,)
-    return (arguments.batch, cut.chunks, arguments.state, arguments.channels)
 
 
 def forward(

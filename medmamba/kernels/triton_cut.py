@@ -130,6 +130,21 @@ def causal_cut(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> Cu
     return _cut(arguments, arguments.reset_every, tuning, trained=trained)
 
 
+def states_shape(arguments: ScanArguments, tuning: Tuning = DEFAULT) -> tuple[int, ...]:
+    """Shape of what forward saves: (b, chunks, n, d), or (0,) where no state is passed on."""
+    if arguments.u.numel() == 0:
+        return (0,)
+    cut = causal_cut(arguments, tuning, trained=True)
+    if not cut.passes_states:
+        return (0,)
+    return (arguments.batch, cut.chunks, arguments.state, arguments.channels)
+
+
+def blocks_per_chunk(cut: Cut, anchor: int) -> int:
+    """Blocks of a chunk, each with a running sum of its own."""
+    return cut.segments_per_chunk * -(-cut.segment // anchor)
+
+
 def legs_of(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> tuple[Leg, ...]:
     """All walks of one scan; the last is causal and finishes the output."""
     blocks = [
@@ -174,3 +189,26 @@ def _chunk(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> int:
         return longest
     wanted = arguments.length * programs // PROGRAMS
     return min(max(-(-wanted // CHUNK_STEP) * CHUNK_STEP, CHUNK_STEP), longest)
+
+
+def backward_bytes(arguments: ScanArguments, tuning: Tuning = DEFAULT) -> int:
+    """Bytes of the buffers of one backward beside its gradients, as triton_gradients.py has them.
+
+    Two float32 maps (the sum of decays, the gradient before the gate) unless a float32 gradient
+    lends its memory, running sums every ``anchor`` tokens, and room for the gradients of B and C
+    of every tile of channels.
+    """
+    legs = legs_of(arguments, tuning, trained=True)
+    tile = tile_of(arguments, tuning.backward_tile)
+    tiles = arguments.groups * tiles_per_group(arguments, tile)
+    rows = arguments.u.numel()
+    lends = len(legs) == 1 and arguments.u.dtype is torch.float32
+    maps = 0 if lends else 1 if arguments.gate is None else 2
+    values = (maps + 3 * (len(legs) > 1)) * rows
+    for leg in legs:
+        states = leg.last - leg.first
+        programs = arguments.batch * leg.cut.chunks * tiles * tile
+        values += programs * (states + 1) * (2 + blocks_per_chunk(leg.cut, tuning.anchor))
+        values += arguments.batch * leg.cut.chunks * states * arguments.channels
+        values += 2 * tiles * arguments.batch * arguments.length * states
+    return 4 * values

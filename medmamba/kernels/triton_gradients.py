@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medmamba.kernels.arguments import Gradients, Needs
-from medmamba.kernels.triton_cut import Leg, group_channels, tile_of
+from medmamba.kernels.triton_cut import Leg, blocks_per_chunk, group_channels, tile_of
 from medmamba.kernels.triton_launch import Scan, laid_out_as
 
 
@@ -66,7 +66,9 @@ class _Backward:
         shape = (arguments.batch, leg.cut.chunks)
         programs = (*shape, arguments.groups, self.tiles)
         states_of = leg.last - leg.first
-        kept = scan.float(*programs, scan.blocks_per_chunk(leg), states_of + 1, self.tile)
+        kept = scan.float(
+            *programs, blocks_per_chunk(leg.cut, scan.tuning.anchor), states_of + 1, self.tile
+        )
         sums = scan.float(2, *programs, states_of + 1, self.tile)
         self._forward_pass(
             leg,

@@ -17,6 +17,7 @@ from medmamba.kernels.triton_cut import (
     NVIDIA_LANES,
     Leg,
     Tuning,
+    blocks_per_chunk,
     group_channels,
     legs_of,
     tile_of,
@@ -325,12 +326,8 @@ class Scan:
         return {
             "LEVELS": max((leg.last - leg.first - 1).bit_length(), 1),
             "ANCHOR": self.tuning.anchor,
-            "blocks_per_chunk": self.blocks_per_chunk(leg),
+            "blocks_per_chunk": blocks_per_chunk(leg.cut, self.tuning.anchor),
         }
-
-    def blocks_per_chunk(self, leg: Leg) -> int:
-        """Blocks of a chunk, each with a running sum of its own."""
-        return leg.cut.segments_per_chunk * -(-leg.cut.segment // self.tuning.anchor)
 
     def _states_of(self, leg: Leg, into: Tensor | None) -> Tensor:
         if into is not None and leg.causal:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medmamba.kernels.placement import on_cpu
+
 LayerTable = Mapping[int, Callable[..., nn.Module]]
 """A layer by its number of spatial axes."""
 
@@ -71,7 +73,7 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised map, in the shape, type and memory format of ``x``."""
         weight, bias = self.weight, self.bias
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not on_cpu(x):
             return functional.instance_norm(x, weight=weight, bias=bias, eps=EPS)
         if x.is_contiguous() or x[0, 0].numel() == 1:
             return functional.group_norm(x, x.shape[1], weight, bias, EPS)

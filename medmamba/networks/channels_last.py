@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from medmamba.kernels.placement import on_cpu
+
 REDUCED = (torch.bfloat16, torch.float16)
 
 NARROW = 8
@@ -30,7 +32,7 @@ def depthwise_conv(
         stride: the same on every axis.
     """
     maps = x.movedim(-1, 1)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not on_cpu(x):
         return _convolve(maps, weight, bias, stride).movedim(1, -1)
     dtype = _reduced_type(x) if _is_reduced(x) else x.dtype
     with torch.autocast("cpu", enabled=False):
@@ -105,7 +107,7 @@ class TokenNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., C) in the type of ``x``."""
-        if x.device.type != "cpu" or x.shape[-1] > NARROW or x.dtype not in REDUCED:
+        if x.shape[-1] > NARROW or x.dtype not in REDUCED or not on_cpu(x):
             return super().forward(x)
         wide = functional.layer_norm(
             x.float(), self.normalized_shape, self.weight, self.bias, self.eps

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
+from medmamba.kernels.placement import is_fake, on_cpu
+
 EPS = 1e-5
 CHUNK_VALUES = 1 << 16
 """Values per chunk: 0.25 MB in float32, so that the four buffers of the backward share an L2."""
@@ -30,7 +32,7 @@ class GroupNormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape."""
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and on_cpu(x):
             y = _GroupNormReLU.apply(x, self.weight, self.bias, self.groups)  # type: ignore[no-untyped-call]
             return cast(Tensor, y)
         y = functional.group_norm(x.movedim(-1, 1), self.groups, self.weight, self.bias, EPS)
@@ -98,7 +100,7 @@ def _group_mean(values: Tensor, groups: int) -> Tensor:
 def _chunks(tokens: Tensor) -> Iterator[tuple[int, slice]]:
     batch, length, channels = tokens.shape
     size = max(64, CHUNK_VALUES // max(1, channels))
-    if tokens.untyped_storage().device.type == "meta":
+    if is_fake(tokens):
         # A fake tensor has nothing to keep in cache: estimates need no thousand chunks.
         size = length
     for sample in range(batch):

@@ -6,9 +6,14 @@ from math import prod
 from typing import Literal
 
 from medmamba.files import RECORD_CONFIG, hash_values
+from medmamba.labels import LabelMap
 from medmamba.networks.spec import NetworkSpec
+from medmamba.training.recipe import TrainingRecipe
 
 GIB = 1024**3
+
+PRICED_BATCHES = (2, 4)
+"""A batch has 2 samples at least; from these two sizes larger ones are extrapolated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +55,14 @@ class NetworkRules:
         dimensions: 2 and 3, as far as the network exists there.
         arrange: from a spec with the plan's topology to the network's own.
         divisor: required multiple of the patch per axis.
-        price: memory needed to train a spec.
+        memory: bytes needed to train a spec with a batch of some size.
         fewest_stages: resolutions the network needs at least.
     """
 
     dimensions: frozenset[int]
     arrange: Callable[[NetworkSpec], NetworkSpec]
     divisor: Callable[[NetworkSpec], tuple[int, ...]]
-    price: Callable[[NetworkSpec], Price]
+    memory: Callable[[NetworkSpec, int], int]
     fewest_stages: int = 2
 
 
@@ -69,15 +74,18 @@ class PriceList:
     """
 
     def __init__(self, rules: NetworkRules) -> None:
-        self._price = rules.price
+        self.memory = rules.memory
         self._exact: dict[str, Price] = {}
         self._known: dict[str, tuple[int, Price]] = {}
 
     def exact(self, spec: NetworkSpec) -> Price:
-        """Return the price of exactly this spec."""
+        """Return the price of exactly this spec, from the memory of two batches."""
         key = hash_values(spec)
         if key not in self._exact:
-            self._exact[key] = self._price(spec)
+            least, more = (self.memory(spec, batch) for batch in PRICED_BATCHES)
+            per_sample = max(1, (more - least) // (PRICED_BATCHES[1] - PRICED_BATCHES[0]))
+            fixed = least - PRICED_BATCHES[0] * per_sample
+            self._exact[key] = Price(fixed_bytes=fixed, bytes_per_sample=per_sample)
         return self._exact[key]
 
     def estimate(self, spec: NetworkSpec) -> Price:
@@ -91,34 +99,30 @@ class PriceList:
         return replace(price, bytes_per_sample=per_sample)
 
 
-def registered_rules(network: str, *, bf16: bool, optimizer_states: int) -> NetworkRules:
-    """Take the rules of a network from the registry, priced by what autograd would keep.
+def registered_rules(
+    network: str, recipe: TrainingRecipe, label_map: LabelMap, *, on_gpu: bool
+) -> NetworkRules:
+    """Take the rules of a network from the registry, priced by what a training step holds.
 
     Args:
         network: key of the registry.
-        bf16: price training under bfloat16 autocast.
-        optimizer_states: values the optimiser keeps per parameter.
+        recipe: how it is trained.
+        label_map: what it is trained on.
+        on_gpu: price training on a GPU under bfloat16 autocast, else on a CPU in float32.
 
     Raises:
         PlanError: there is no network of that name.
     """
     # Torch is needed to price, and only to price.
-    from medmamba.networks.memory import training_cost
     from medmamba.networks.registry import find_network
+    from medmamba.training.step_memory import StepConditions, step_memory
 
     definition = find_network(network)
-
-    def price(spec: NetworkSpec) -> Price:
-        cost = training_cost(spec, 1, bf16=bf16)
-        # Whatever a sample keeps, a batch keeps that many times.
-        per_sample = cost.activations + cost.workspace
-        fixed = cost.total(optimizer_states) - per_sample
-        return Price(fixed_bytes=fixed, bytes_per_sample=per_sample)
-
+    conditions = StepConditions(recipe=recipe, label_map=label_map, on_gpu=on_gpu)
     return NetworkRules(
         dimensions=definition.dimensions,
         arrange=definition.arrange,
         divisor=definition.divisor,
-        price=price,
+        memory=lambda spec, batch_size: step_memory(spec, batch_size, conditions),
         fewest_stages=definition.fewest_stages,
     )

@@ -32,6 +32,7 @@ from medmamba.plans.presets import Preset
 from medmamba.plans.sizing import (
     CPU_PATCH_VOXELS,
     NNUNET_PLANNERS,
+    SMALLEST_BATCH,
     CostModel,
     Request,
     Sizes,
@@ -52,9 +53,6 @@ LOWRES_GAIN = 2.0
 
 CONVOLUTIONAL = {"plain_unet": False, "resenc_unet": True}
 """Networks that nnU-Net's own cost model prices; whether the encoder is residual."""
-
-OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
-"""Values each optimiser keeps per parameter."""
 
 RESIDUAL_SIZES = (
     (40.0, "nnUNetPlannerResEncXL"),
@@ -148,11 +146,12 @@ def _make_task(
     rules: NetworkRules | None,
     spacing_mm: tuple[float, ...],
 ) -> _Task:
-    chosen_rules = _rules(preset, budget, rules)
+    label_map = LabelMap.from_dataset_json(dict(description))
+    chosen_rules = _rules(preset, budget, label_map, rules)
     return _Task(
         fingerprint=fingerprint,
         channel_names=read_channel_names(fingerprint, description),
-        label_map=LabelMap.from_dataset_json(dict(description)),
+        label_map=label_map,
         label_entries=len(description["labels"]),
         cases=int(description.get("numTraining", len(fingerprint.spacings_mm))),
         preset=preset,
@@ -356,7 +355,7 @@ def _size_reasons(
     else:
         memory = (
             f"{sizes.memory_bytes / 1024**3:.1f} GB of {task.memory_gb:g} GB",
-            "what autograd keeps, weights, gradients and optimiser state",
+            "the most a training step holds at a time, weights and optimiser included",
         )
     return (
         Reason(topic=f"{name}: patch", value=_times(patch), why=why),
@@ -405,7 +404,9 @@ def _identifier(task: _Task, plans_name: str, configuration: str) -> str:
     return f"{plans_name}_{configuration}"
 
 
-def _rules(preset: Preset, budget: Budget, rules: NetworkRules | None) -> NetworkRules | None:
+def _rules(
+    preset: Preset, budget: Budget, label_map: LabelMap, rules: NetworkRules | None
+) -> NetworkRules | None:
     if preset.network in CONVOLUTIONAL:
         if CONVOLUTIONAL[preset.network] != NNUNET_PLANNERS[_planner_name(preset, budget)].residual:
             raise PlanError(
@@ -415,12 +416,9 @@ def _rules(preset: Preset, budget: Budget, rules: NetworkRules | None) -> Networ
         return None
     if rules is not None:
         return rules
-    optimizer = str(preset.training.get("optimizer", "sgd"))
-    return registered_rules(
-        preset.network,
-        bf16=budget.device == "cuda",
-        optimizer_states=OPTIMIZER_STATES.get(optimizer, 2),
-    )
+    # The batch and how Dice sums over it are yet to be decided, and move little.
+    recipe = preset.recipe(batch_size=SMALLEST_BATCH, batch_dice=True, dimension=3)
+    return registered_rules(preset.network, recipe, label_map, on_gpu=budget.device == "cuda")
 
 
 def _triple(values: list[Any]) -> tuple[Any, Any, Any]:

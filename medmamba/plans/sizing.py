@@ -240,7 +240,10 @@ def size_by_memory(
     cost = price(layouts[chosen].spec)
     wanted = int((budget - cost.fixed_bytes) // cost.bytes_per_sample)
     batch_size, capped = _batch(wanted, request, layouts[chosen], dataset_fraction)
-    memory = cost.of(batch_size)
+    if confirm:
+        batch_size, memory = _confirmed(prices, layouts[chosen].spec, batch_size, budget)
+    else:
+        memory = cost.of(batch_size)
     return Sizes(
         spec=layouts[chosen].spec,
         batch_size=batch_size,
@@ -249,6 +252,18 @@ def size_by_memory(
         shrunk=chosen,
         capped=capped,
     )
+
+
+def _confirmed(
+    prices: PriceList, spec: NetworkSpec, batch_size: int, budget: float
+) -> tuple[int, int]:
+    """Return the largest batch up to one that was extrapolated which fits, and its memory."""
+    memory = prices.memory(spec, batch_size)
+    while memory > budget and batch_size > SMALLEST_BATCH:
+        smaller = min(batch_size - 1, int(batch_size * budget / memory))
+        batch_size = max(SMALLEST_BATCH, smaller)
+        memory = prices.memory(spec, batch_size)
+    return batch_size, memory
 
 
 def _buildable(layouts: list[_Layout], request: Request, rules: NetworkRules) -> list[_Layout]:

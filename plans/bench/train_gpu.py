@@ -25,7 +25,6 @@ from torch import Tensor
 import medmamba
 from medmamba.io import TRAINING_GATE, read_labels
 from medmamba.networks import NETWORKS, build_network
-from medmamba.networks.memory import training_memory_bytes
 from medmamba.networks.spec import NetworkSpec
 from medmamba.pipeline.validating import read_validation
 from medmamba.plans.nnunet_schema import load_plan
@@ -33,6 +32,7 @@ from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.run_files import read_log
 from medmamba.training.sampling import Batch
+from medmamba.training.step_memory import StepConditions, step_memory
 from medmamba.training.stepping import Stepper
 from medmamba.training.trainer import LOG
 
@@ -40,7 +40,6 @@ CONFIGURATIONS = ("3d_fullres", "2d")  # the first that a plan has
 BIG_PATCH = (128, 128, 128)
 WARMUP = 3
 CUDA = torch.device("cuda")
-OPTIMIZER_STATES = {"sgd": 1}
 
 
 def batch_of(spec: NetworkSpec, size: int) -> Batch:
@@ -115,12 +114,8 @@ def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
     row["batch"] = recipe.batch_size
     if compare:
         row["labels_equal"] = agreement(spec)
-    estimate = training_memory_bytes(
-        spec,
-        recipe.batch_size,
-        bf16=True,
-        optimizer_states=OPTIMIZER_STATES.get(recipe.optimizer, 2),
-    )
+    conditions = StepConditions(recipe=recipe, label_map=plan.label_map)
+    estimate = step_memory(spec, recipe.batch_size, conditions)
     for precision, length in (("bf16", seconds), ("fp16", 2.0)):
         row[precision] = steps(spec, recipe, plan.label_map, recipe.batch_size, precision, length)
     row["estimate_bytes"] = estimate
@@ -134,8 +129,8 @@ def measure_big(path: Path) -> dict[str, Any]:
     branch = branch_of(plan)
     spec = NETWORKS[branch.network.name].arrange(replace(branch.network, patch_size=BIG_PATCH))
     row: dict[str, Any] = {"network": spec.name, "patch": spec.patch_size, "batch": 2}
-    states = OPTIMIZER_STATES.get(branch.training.optimizer, 2)
-    row["estimate_bytes"] = training_memory_bytes(spec, 2, bf16=True, optimizer_states=states)
+    conditions = StepConditions(recipe=branch.training, label_map=plan.label_map)
+    row["estimate_bytes"] = step_memory(spec, 2, conditions)
     row["bf16"] = steps(spec, branch.training, plan.label_map, 2, "bf16", 3.0)
     row["estimate_over_peak"] = row["estimate_bytes"] / row["bf16"]["peak_bytes"]
     return row

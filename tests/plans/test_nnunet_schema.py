@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from medmamba.errors import PlanError
-from medmamba.plans.budget import Budget, NetworkRules, Price
+from medmamba.plans.budget import Budget, NetworkRules
 from medmamba.plans.fingerprint import Fingerprint
 from medmamba.plans.nnunet_schema import (
     BLOCK,
@@ -44,7 +44,7 @@ def made_plan(network: str = "plain_unet", **options: Any) -> Plan:
         dimensions=frozenset({2, 3}),
         arrange=lambda spec: spec,
         divisor=lambda spec: spec.total_stride,
-        price=lambda spec: Price(fixed_bytes=10**8, bytes_per_sample=10**9),
+        memory=lambda spec, batch: 10**8 + batch * 10**9,
     )
     preset = Preset(name=network, network=network, **options)
     return make_plan(fingerprint, DESCRIPTION, preset, Budget(), rules=rules)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medmamba.errors import PlanError
 from medmamba.networks.spec import NetworkSpec
-from medmamba.plans.budget import GIB, Budget, NetworkRules, Price
+from medmamba.plans.budget import GIB, Budget, NetworkRules
 from medmamba.plans.fingerprint import Fingerprint, fingerprint_from_nnunet
 from medmamba.plans.nnunet_schema import BLOCK, plan_from_nnunet, plan_to_nnunet
 from medmamba.plans.plan import Plan
@@ -182,9 +182,7 @@ def rules(bytes_per_voxel: int, *, multiple: int = 8, only: set[int] | None = No
         dimensions=frozenset(only or {2, 3}),
         arrange=arrange,
         divisor=lambda spec: (multiple,) * spec.dimension,
-        price=lambda spec: Price(
-            fixed_bytes=10**8, bytes_per_sample=bytes_per_voxel * prod(spec.patch_size)
-        ),
+        memory=lambda spec, batch: 10**8 + batch * bytes_per_voxel * prod(spec.patch_size),
     )
 
 
@@ -212,17 +210,17 @@ def test_other_networks_are_sized_by_their_own_price_and_divisor() -> None:
 
 
 def test_layouts_with_too_few_resolutions_are_never_priced() -> None:
-    def price(spec: NetworkSpec) -> Price:
+    def memory(spec: NetworkSpec, batch: int) -> int:
         if spec.stages < 4:
             raise AssertionError(f"priced {spec.stages} stages")
-        return Price(fixed_bytes=0, bytes_per_sample=2 * GIB)
+        return batch * 2 * GIB
 
     def follows_the_plan(fewest: int) -> NetworkRules:
         return NetworkRules(
             dimensions=frozenset({3}),
             arrange=lambda spec: spec,
             divisor=lambda spec: spec.total_stride,
-            price=price,
+            memory=memory,
             fewest_stages=fewest,
         )
 
