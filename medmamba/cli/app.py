@@ -29,6 +29,7 @@ from medmamba.cli.predict import predict
 from medmamba.cli.preprocess import preprocess
 from medmamba.cli.report import report
 from medmamba.cli.select import select
+from medmamba.cli.status import status
 from medmamba.cli.train import train
 from medmamba.cli.verify import verify
 from medmamba.errors import MedMambaError
@@ -51,6 +52,7 @@ for _command in (
     train,
     predict,
     index,
+    status,
     evaluate,
     compare,
     check,

@@ -55,6 +55,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("Only cases that a model takes", f"index archive -o cases.jsonl -m {MODEL}"),
     ),
+    "status": (
+        ("How far is a run?", "status masks"),
+        ("For a script", "status masks --json"),
+    ),
     "evaluate": (
         ("Scores as a table, summary.json and metrics.csv", "evaluate labelsTs masks"),
         (
@@ -109,6 +113,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "verify": (
         ("Does a model compute here what it computed at home?", f"verify {MODEL}"),
         ("Is every mask what its record says?", "verify masks"),
+        ("Has none of 8 shares been forgotten?", "verify masks --expect-shards 8 -i cases.jsonl"),
     ),
     "convert": (
         ("A model that nnU-Net trained", "convert import-nnunet nnUNet_results/Dataset004_X "

@@ -171,6 +171,10 @@ def predict(
             "--events", metavar="FILE|-", help="Append one JSON line per event while it runs."
         ),
     ] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option("--metrics", metavar="FILE.prom", help="Figures for Prometheus, as text."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -222,6 +226,7 @@ def predict(
             supervised=not in_process,
             save_probabilities=kept,
             report=report,
+            metrics=metrics,
             on_case=print_case,
             on_message=say,
             **shared,

@@ -10,6 +10,7 @@ from medmamba.cli.options import Json
 from medmamba.errors import UsageError
 
 EXIT_DIFFERENT = 4
+SHOWN = 20
 
 
 def verify(
@@ -19,13 +20,30 @@ def verify(
             metavar="MODEL|OUT", help="Model folder (or run folder holding one), or masks."
         ),
     ],
+    expect_shards: Annotated[
+        int | None,
+        typer.Option(
+            "--expect-shards", metavar="N", min=1, help="All shares 0/N to N-1/N must have ended."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", "-i", metavar="IN", help="What was predicted: every case needs a record."
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", metavar="FOLDER", help="As given to predict, for a list."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a model, or a folder of masks, against the hashes that were written with it.
 
     Of a model, the reference case is computed again too: a synthetic image that travels with it,
     with the mask it became where the model was made. Of masks, every file is compared with its
-    record OUT/CASE.json.
+    record OUT/CASE.json. Shares that were forgotten or did not end, and cases without a record, are
+    named.
 
     Exit code 0: as it was made; 3: parts of a model are missing or damaged; 4: this machine
     computes another mask, or a mask is missing, changed or unrecorded; 7: a model was changed.
@@ -33,6 +51,8 @@ def verify(
     from medmamba.bundle import MANIFEST_FILE, MODEL_FOLDER
 
     if any((folder / MANIFEST_FILE).is_file() for folder in (place, place / MODEL_FOLDER)):
+        if expect_shards is not None or images is not None:
+            raise UsageError(f"{place}: is a model; --expect-shards and -i are for masks.")
         raise typer.Exit(_verify_model(place, as_json=as_json))
     if not place.is_dir() or not any(place.glob("[!.]*.json")):
         raise UsageError(
@@ -40,24 +60,42 @@ def verify(
             f"{MANIFEST_FILE} there or in {MODEL_FOLDER}/, and no record CASE.json). Give a model "
             "folder, or a folder of masks."
         )
-    raise typer.Exit(_verify_output(place, as_json=as_json))
+    passed = _verify_output(place, expect_shards, images, root, as_json=as_json)
+    raise typer.Exit(0 if passed else EXIT_DIFFERENT)
 
 
-def _verify_output(place: Path, *, as_json: bool) -> int:
+def _verify_output(
+    place: Path, shards: int | None, images: Path | None, root: Path | None, *, as_json: bool
+) -> bool:
     from medmamba.files import to_json, to_plain
+    from medmamba.inference.completeness import missing_cases, unfinished_shards
     from medmamba.inference.verification import verify_output
 
     states = verify_output(place)
+    unfinished = () if shards is None else unfinished_shards(place, shards)
+    missing = [] if images is None else missing_cases(place, images, root=root, shards=shards)
     differing = [item for item in states if not item.sound]
     counts = {state: sum(item.state == state for item in states) for state in ("holds", "no_mask")}
     if as_json:
-        sys.stdout.write(to_json({"passed": not differing, "cases": to_plain(list(states))}))
+        found = {"passed": not (differing or unfinished or missing)}
+        found |= {"shards_unfinished": to_plain(list(unfinished))} if shards else {}
+        found |= {"cases_missing": to_plain(missing)} if images else {}
+        sys.stdout.write(to_json({**found, "cases": to_plain(list(states))}))
     else:
         print(f"masks     {counts['holds']} as their records say")
         print(f"no mask   {counts['no_mask']} cases, rejected or failed")
         for item in differing:
             print(f"{item.state:9} {item.case_id}: {item.detail}")
-    return EXIT_DIFFERENT if differing else 0
+        for shard in unfinished:
+            cases = "" if shard.cases is None else f", {shard.cases} cases"
+            run = f" (run {shard.run_id}{cases})" if shard.run_id else ""
+            print(f"shard     {shard.index}/{shards}: {shard.state}{run}")
+        for case in missing[:SHOWN]:
+            place_of = "" if case.shard is None else f" (shard {case.shard})"
+            print(f"no record {case.case_id}{place_of}")
+        if len(missing) > SHOWN:
+            print(f"no record {len(missing) - SHOWN} more cases (--json lists them)")
+    return not (differing or unfinished or missing)
 
 
 def _verify_model(place: Path, *, as_json: bool) -> int:

@@ -205,16 +205,23 @@ def sweep_temporary_files(folder: Path) -> int:
 
 
 def _is_alive(marker: Path) -> bool:
-    """Tell whether the process that left a marker still runs; on another host it may."""
+    """Tell whether a run goes on, and remove the marker of one that does not."""
+    if is_live(marker.parent):
+        return True
+    marker.unlink(missing_ok=True)
+    return False
+
+
+def is_live(run_folder: Path) -> bool:
+    """Tell whether the process of a run still runs; on another host it may."""
     try:
-        host, _, pid = marker.read_text(encoding="utf-8").partition(" ")
+        host, _, pid = (run_folder / LIVE_MARKER).read_text(encoding="utf-8").partition(" ")
         if host != platform.node():
             return True
         os.kill(int(pid), 0)
     except PermissionError:
         return True
     except (OSError, ValueError):
-        marker.unlink(missing_ok=True)
         return False
     return True
 

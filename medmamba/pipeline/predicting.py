@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from medmamba.inference.casework import OnTiles
     from medmamba.inference.engine import OnCase, PredictionRun
     from medmamba.inference.journal import OnEvent
+    from medmamba.inference.records import CommitRecord
     from medmamba.inference.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def predict(
     report: bool = True,
     gate: Gate = DEFAULT_GATE,
     max_ram_bytes: int | None = None,
+    metrics: Path | str | None = None,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
     on_event: "OnEvent | None" = None,
@@ -131,6 +133,7 @@ def predict(
         report: write ``run/<run>/report.html``, a page with pictures of every case.
         gate: limits and permissions of reading; a strict one also computes every tile.
         max_ram_bytes: reject a case that takes more memory; what is free now when None.
+        metrics: text file for Prometheus, rewritten every few seconds.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
         on_event: called with every event of the journal, and with progress within cases.
@@ -152,7 +155,11 @@ def predict(
         "compat": compat, "workers": workers, "probabilities": save_probabilities,
         "reuse_constant": not gate.strict,
     }  # fmt: skip
-    with drain_on_signals(grace_s) as drain, _workers(supervised, timeout_per_case) as start:
+    with (
+        drain_on_signals(grace_s) as drain,
+        _workers(supervised, timeout_per_case) as start,
+        reported(on_case, metrics) as on_decided,
+    ):
         bundle = load_bundle(Path(model))
         share = None if shard is None else parse_shard(shard)
         work = open_work(
@@ -164,7 +171,7 @@ def predict(
         books: dict[str, Any] = {
             "rejected": work.rejected if isinstance(work, CaseListing) else (),
             "total": work.total, "shard": str(share or ""), "fail_on": fail_on,
-            "max_failures": max_failures, "on_case": on_case, "on_event": on_event,
+            "max_failures": max_failures, "on_case": on_decided, "on_event": on_event,
             "on_tiles": _progress_to(on_event),
         }  # fmt: skip
         reading: dict[str, Any] = {
@@ -232,6 +239,27 @@ def _progress_to(on_event: "OnEvent | None") -> "OnTiles | None":
     return lambda case, done, total: tell(
         {"event": "progress", "case": case, "done": done, "total": total}
     )
+
+
+@contextmanager
+def reported(on_case: "OnCase | None", metrics: Path | str | None) -> "Iterator[OnCase | None]":
+    """Give what is to be called per case: the caller's function, and the metrics file's."""
+    if metrics is None:
+        yield on_case
+        return
+    from medmamba.inference.metrics import MetricsFile
+
+    figures = MetricsFile(Path(metrics))
+
+    def report(record: "CommitRecord", done: int, total: int, left_s: float) -> None:
+        figures.report(record, done, total, left_s)
+        if on_case is not None:
+            on_case(record, done, total, left_s)
+
+    try:
+        yield report
+    finally:
+        figures.close()
 
 
 @contextmanager

@@ -1,0 +1,65 @@
+"""Whether everything that was to be predicted has been: no share, no case forgotten. No torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medmamba.dataset import Case, CaseListing, Rejection
+from medmamba.dataset.manifest import CaseStream, open_cases
+from medmamba.dataset.shards import Shard
+from medmamba.files import RECORD_CONFIG
+from medmamba.inference.records import read_record
+from medmamba.inference.status import ShardState, run_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingCase:
+    """A case that was to be predicted and has no record; ``shard`` is the share it belongs to."""
+
+    __pydantic_config__ = RECORD_CONFIG
+
+    case_id: str
+    shard: str | None = None
+
+
+def unfinished_shards(folder: Path, count: int) -> tuple[ShardState, ...]:
+    """Return those of ``count`` shares that no run has worked through to its end."""
+    return tuple(shard for shard in run_shards(folder, count) if shard.state != "ended")
+
+
+def missing_cases(
+    folder: Path, source: Path, *, root: Path | None = None, shards: int | None = None
+) -> list[MissingCase]:
+    """Return the cases behind a path, as given to ``predict``, that have no record.
+
+    Args:
+        folder: the output.
+        source: image, folder or list.
+        root: folder that the paths of a list are relative to.
+        shards: number of shares, to say which one a case belongs to.
+
+    Raises:
+        UsageError: the path means no cases.
+    """
+    work = open_cases(source, channels=_channels(folder), root=root, follow_links=True)
+    listed: Iterable[Case | Rejection] = work if isinstance(work, CaseStream) else ()
+    if isinstance(work, CaseListing):
+        listed = (*work.rejected, *work.cases)
+    names = (item.id for item in listed if not (folder / f"{item.id}.json").is_file())
+    return [MissingCase(case_id=name, shard=_shard_of(name, shards)) for name in names]
+
+
+def _channels(folder: Path) -> int:
+    """Files a case has, by the records."""
+    for path in folder.glob("[!.]*.json"):
+        record = read_record(path)
+        if record is not None and record.succeeded:
+            return len(record.inputs)
+    return 1
+
+
+def _shard_of(name: str, count: int | None) -> str | None:
+    if count is None:
+        return None
+    shares = (Shard(index=index, count=count) for index in range(count))
+    return next(str(share) for share in shares if share.holds(name))
