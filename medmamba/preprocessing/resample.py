@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from medmamba.errors import PlanError
 from medmamba.preprocessing.recipe import ResamplingRecipe
-from medmamba.preprocessing.resample_axis import linear_taps, nearest_indices, spline_operator
+from medmamba.preprocessing.resample_axis import linear_taps, nearest_indices
 from medmamba.preprocessing.resample_planes import ReadPlanes, resample_planes
 
 ANISOTROPY_THRESHOLD = 3.0
@@ -230,13 +231,24 @@ def _vote_spline(labels: NDArray[np.int16], shape: Shape, order: int) -> NDArray
 def _overwrite_along(
     labels: NDArray[np.int16], size: int, axis: int, order: int
 ) -> NDArray[np.int16]:
+    """Write every label, ascending, where its spline along one axis exceeds one half.
+
+    Half-way values are common in such indicators, and rounding decides them; so this is scipy's
+    spline over all three axes, as nnU-Net calls it, and not the product of ``resample_axis``.
+    """
     if labels.shape[axis] == size:
         return labels
-    operator = spline_operator(labels.shape[axis], size, order)
     shape = tuple(size if other == axis else edge for other, edge in enumerate(labels.shape))
+    axes = [
+        old / new * (np.arange(new) + 0.5) - 0.5
+        for old, new in zip(labels.shape, shape, strict=True)
+    ]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"))
     result = np.zeros(shape, dtype=labels.dtype)
     for label in np.unique(labels):
-        result[operator.apply((labels == label).astype(np.float64), axis) > 0.5] = label
+        indicator = (labels == label).astype(np.float64)
+        score = ndimage.map_coordinates(indicator, places, order=order, mode="nearest")
+        result[np.round(score) > 0.5] = label
     return result
 
 
