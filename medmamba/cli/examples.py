@@ -40,6 +40,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
          "--device cuda:0"),
         ("Share 3 of 8 of an archive", "predict -i images -o masks -m model --shard 3/8"),
         ("A list of cases", "predict -i cases.jsonl --root archive -o masks -m model"),
+        ("On all machines of a Ray cluster", "predict -i cases.jsonl -o masks -m model "
+         "--engine ray"),
         ("The labels that nnU-Net gives", "predict -i images -o masks -m model --tta --compat"),
         (
             "Every phase of mixed DICOM series",

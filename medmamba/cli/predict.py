@@ -175,6 +175,15 @@ def predict(
         Path | None,
         typer.Option("--metrics", metavar="FILE.prom", help="Figures for Prometheus, as text."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="local|ray", help="ray: on a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="Of the Ray cluster (default: this machine's); local starts one."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -227,6 +236,8 @@ def predict(
             save_probabilities=kept,
             report=report,
             metrics=metrics,
+            engine=engine,
+            address=address,
             on_case=print_case,
             on_message=say,
             **shared,

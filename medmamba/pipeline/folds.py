@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from medmamba import __version__
 from medmamba.dataset import read_splits
 from medmamba.errors import MedMambaError, TrainingError, UsageError
-from medmamba.pipeline.cluster import Needs, largest_node, ray_cluster, run_jobs
+from medmamba.pipeline.cluster import ENGINES, Engine, Needs, largest_node, ray_cluster, run_jobs
 from medmamba.pipeline.training import train
 from medmamba.pipeline.work import choose_configuration, open_work
 
 if TYPE_CHECKING:
     from medmamba.training.progress import EpochReport, StepReport
 
-Engine = Literal["local", "ray"]
-ENGINES: tuple[Engine, ...] = ("local", "ray")
 
 OnEpoch = Callable[[int, "EpochReport"], None]
 """Called with the fold and the report of one of its epochs."""

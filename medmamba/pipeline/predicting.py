@@ -1,7 +1,7 @@
 """predict(): masks for new images from a model folder."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,11 @@ from medmamba.dataset.manifest import CaseStream, open_cases
 from medmamba.dataset.shards import Shard, parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
-from medmamba.inference.draining import DEFAULT_GRACE_S, drain_on_signals
+from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
+from medmamba.inference.overlap import Work
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
+from medmamba.pipeline.cluster import ENGINES, Engine
 from medmamba.pipeline.predictors import describe_settings, make_predictor
 from medmamba.pipeline.run_report import report_run
 from medmamba.preprocessing.memory_gate import available_bytes
@@ -102,6 +104,8 @@ def predict(
     gate: Gate = DEFAULT_GATE,
     max_ram_bytes: int | None = None,
     metrics: Path | str | None = None,
+    engine: Engine | str = "local",
+    address: str | None = None,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
     on_event: "OnEvent | None" = None,
@@ -134,6 +138,8 @@ def predict(
         gate: limits and permissions of reading; a strict one also computes every tile.
         max_ram_bytes: reject a case that takes more memory; what is free now when None.
         metrics: text file for Prometheus, rewritten every few seconds.
+        engine: ``ray`` predicts on all machines of a Ray cluster.
+        address: of the cluster; None for the one this machine belongs to, ``local`` for a new one.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
         on_event: called with every event of the journal, and with progress within cases.
@@ -150,6 +156,9 @@ def predict(
 
     if not 0 < step <= 1:
         raise UsageError(f"step {step}: a fraction of the patch, above 0 and at most 1.")
+    if engine not in ENGINES:
+        raise UsageError(f"engine '{engine}': choose one of {', '.join(ENGINES)}.")
+    on_ray = engine == "ray"
     options: dict[str, Any] = {
         "mirror": mirror, "step": step, "precision": precision, "device": device,
         "compat": compat, "workers": workers, "probabilities": save_probabilities,
@@ -157,7 +166,7 @@ def predict(
     }  # fmt: skip
     with (
         drain_on_signals(grace_s) as drain,
-        _workers(supervised, timeout_per_case) as start,
+        _workers(supervised and not on_ray, None if on_ray else timeout_per_case) as start,
         reported(on_case, metrics) as on_decided,
     ):
         bundle = load_bundle(Path(model))
@@ -186,7 +195,12 @@ def predict(
             if on_message is not None:
                 on_message(_describe(bundle, work, settings))
 
-        if start is None:
+        if on_ray:
+            run = _predict_on_ray(
+                address, cases, bundle, folder, drain, options, reading, books,
+                timeout_s=timeout_per_case, announce=announce,
+            )  # fmt: skip
+        elif start is None:
             predictor = make_predictor(bundle, **options)
             announce(describe_settings(predictor))
             run = predict_cases(
@@ -229,6 +243,44 @@ def open_work(
         apart_from=output,
     )
     return split_acquisitions(work) if split and isinstance(work, CaseListing) else work
+
+
+def _predict_on_ray(
+    address: str | None,
+    cases: Iterable[Work],
+    bundle: Bundle,
+    folder: Path,
+    drain: DrainRequest,
+    options: dict[str, Any],
+    reading: dict[str, Any],
+    books: dict[str, Any],
+    *,
+    timeout_s: float | None,
+    announce: Callable[[str], None],
+) -> "PredictionRun":
+    """Predict on a Ray cluster; each worker takes a GPU where there are any and --device allows."""
+    from medmamba.inference.records import ModelIdentity
+    from medmamba.inference.worker import WorkerSetup
+    from medmamba.pipeline.cluster import Needs, largest_node, ray_cluster
+    from medmamba.pipeline.cluster_prediction import predict_on_cluster
+    from medmamba.pipeline.prediction_worker import make_predictor_of
+
+    # The memory that is free here says nothing about other machines.
+    setup = WorkerSetup(
+        folder=folder.absolute(),
+        model=ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256),
+        options={"bundle": str(bundle.folder.absolute()), **options},
+        grace_s=drain.grace_s,
+        **{**reading, "budget_bytes": None},
+    )
+    with ray_cluster(address) as ray:
+        wants_gpu = options["device"] != "cpu" and largest_node(ray).gpus > 0
+        needs = Needs(cpus=options["workers"] or 1, gpus=float(wants_gpu))
+        return predict_on_cluster(
+            ray, cases, setup, make_predictor_of, drain, needs=needs, timeout_s=timeout_s,
+            on_ready=lambda about: announce(about["settings"]),
+            **{key: value for key, value in books.items() if key != "on_tiles"},
+        )  # fmt: skip
 
 
 def _progress_to(on_event: "OnEvent | None") -> "OnTiles | None":

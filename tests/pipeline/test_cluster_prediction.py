@@ -1,0 +1,198 @@
+"""Prediction on a cluster of two machines that loses workers, its driver, and meets poison."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_engine import MODEL, ThresholdPredictor, image
+
+import medmamba
+from medmamba import __version__
+from medmamba.dataset import find_cases
+from medmamba.errors import BundleError, SecurityError, UsageError
+from medmamba.inference.engine import predict_cases
+from medmamba.inference.history import events
+from medmamba.inference.records import read_record
+from medmamba.inference.worker import WorkerSetup
+from medmamba.pipeline.cluster_prediction import Segmenter
+
+HERE = Path(__file__).parent
+POISON = 77
+CASES = 200
+KILL_EVERY_S = 5.0
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(HERE),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    pytest.importorskip("ray")
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "ray_cluster.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+def start(address: str, place: Path, *, seconds: float, workers: int = 2) -> subprocess.Popen:
+    arguments = [address, str(place / "in"), str(place / "out"), str(seconds), str(workers)]
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "ray_driver.py"), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def outcome(driver: subprocess.Popen) -> dict:
+    output, talk = driver.communicate(timeout=400)
+    assert output, talk
+    return json.loads(output.splitlines()[-1])
+
+
+def images(place: Path, count: int, poison: int | None = None) -> None:
+    for number in range(count):
+        image(place / "in", f"c{number:03d}", mark=POISON * (number == poison), seed=number)
+
+
+def journal(place: Path) -> list[dict]:
+    return [event for run in sorted((place / "out" / "run").iterdir()) for event in events(run)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    records = (read_record(path) for path in sorted(folder.glob("*.json")))
+    return {record.case_id: record.output.sha256 for record in records if record.output}
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_and_a_driver_that_is_cost_nothing(address, tmp_path) -> None:
+    images(tmp_path, CASES)
+    cases = find_cases(tmp_path / "in", channels=1).cases
+    predict_cases(cases, tmp_path / "alone", ThresholdPredictor(), model=MODEL)
+    driver = start(address, tmp_path, seconds=0.25)
+    killed: list[int] = []
+
+    def rage() -> None:
+        chance = random.Random(3)
+        while driver.poll() is None:
+            time.sleep(KILL_EVERY_S)
+            living = [
+                event["pid"]
+                for event in (journal(tmp_path) if (tmp_path / "out" / "run").is_dir() else [])
+                if event["event"] == "joined" and Path(f"/proc/{event['pid']}").exists()
+            ]
+            if living and driver.poll() is None:
+                killed.append(chance.choice(living))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    rager = threading.Thread(target=rage)
+    rager.start()
+    found = outcome(driver)
+    rager.join()
+    assert found["exit_code"] == 0
+    assert sum(found["counts"].values()) == CASES
+    assert found["torch"] is False
+    assert len(killed) >= 3
+    died = [event for event in journal(tmp_path) if event["event"] == "worker_died"]
+    assert len(died) >= 3
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
+    assert len(hashes(tmp_path / "out")) == CASES
+    assert not list((tmp_path / "out").glob(".mm-tmp*"))
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_recomputes_nothing(address, tmp_path) -> None:
+    images(tmp_path, 30)
+    driver = start(address, tmp_path, seconds=0.3)
+    out = tmp_path / "out"
+    while len(list(out.glob("c*.json"))) < 8:
+        assert driver.poll() is None
+        time.sleep(0.1)
+    driver.kill()
+    driver.communicate()
+    time.sleep(2.0)  # workers end with their driver
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("c*.nii.gz")}
+    recorded = [path.stem for path in out.glob("c*.json")]
+    assert 8 <= len(recorded) < 30
+    found = outcome(start(address, tmp_path, seconds=0.3))
+    assert found["counts"]["skipped"] == len(recorded)
+    assert found["counts"]["skipped"] + found["counts"]["ok"] == 30
+    for case in recorded:
+        name = f"{case}.nii.gz"
+        assert (out / name).stat().st_mtime_ns == before[name]
+
+
+@pytest.mark.slow
+def test_a_poison_case_is_set_aside_and_the_others_are_done(address, tmp_path) -> None:
+    images(tmp_path, 12, poison=5)
+    found = outcome(start(address, tmp_path, seconds=0.1))
+    assert found["counts"] == {"ok": 11, "failed": 1}
+    assert found["exit_code"] == 4
+    record = read_record(tmp_path / "out" / "c005.json")
+    assert record.error.code == "E_POISON"
+    assert not (tmp_path / "out" / "c005.nii.gz").exists()
+    kinds = [event["event"] for event in journal(tmp_path)]
+    assert kinds.count("worker_died") == 3
+    assert kinds.count("quarantined") == 1
+
+
+@pytest.mark.slow
+def test_two_workers_do_nearly_twice_as_much(address, tmp_path) -> None:
+    spent = {}
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        images(tmp_path / str(workers), 40)
+        found = outcome(start(address, tmp_path / str(workers), seconds=0.4, workers=workers))
+        assert found["counts"] == {"ok": 40}
+        spent[workers] = found["spent_s"]
+    assert spent[1] >= 1.8 * spent[2], spent
+
+
+def test_a_worker_that_differs_from_the_driver_is_refused(tmp_path) -> None:
+    setup = WorkerSetup(folder=tmp_path, model=MODEL, options={})
+    with pytest.raises(BundleError, match="version") as refused:
+        Segmenter().join(setup, lambda _: (ThresholdPredictor(), {}), "0.0.1")
+    assert (refused.value.code, refused.value.exit_code) == ("E_VERSION_MIXED", 3)
+
+    def another_model(_: WorkerSetup):
+        raise SecurityError("its files have changed", code="E_MODEL_HASH")
+
+    with pytest.raises(BundleError, match="files have changed") as refused:
+        Segmenter().join(setup, another_model, __version__)
+    assert refused.value.exit_code == 3
+
+
+def test_a_worker_keeps_what_is_done_and_says_so(tmp_path) -> None:
+    case = image(tmp_path / "in", "a")
+    (tmp_path / "out" / "run" / "r").mkdir(parents=True)
+    setup = WorkerSetup(
+        folder=tmp_path / "out", run_folder=tmp_path / "out" / "run" / "r", model=MODEL, options={}
+    )
+    predictor = ThresholdPredictor()
+    worker = Segmenter()
+    about = worker.join(setup, lambda _: (predictor, {}), __version__)
+    assert (about["parameters"], about["pid"]) == ({"level": 50.0}, os.getpid())
+    told = [worker.segment(case) for _ in range(2)]
+    assert [answer["record"]["status"] for answer in told] == ["ok", "skipped"]
+    assert [[event for event, _ in answer["events"]] for answer in told] == [["ok"], ["skipped"]]
+    assert len(predictor.inferred) == 1
+
+
+def test_engines_that_do_not_exist(tmp_path) -> None:
+    with pytest.raises(UsageError, match="local, ray"):
+        medmamba.predict(tmp_path, tmp_path / "out", tmp_path, engine="spark")
