@@ -1,5 +1,6 @@
 """What label values mean: classes, overlapping regions, the ignore label (nnU-Net's rules)."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +53,16 @@ class LabelMap:
         label_map = cls(values=values, region_order=order)
         label_map._check()
         return label_map
+
+    @classmethod
+    def declared_in(cls, description: dict[str, Any]) -> "LabelMap":
+        """Take the values that a faulty ``labels`` entry declares, for a look at label files."""
+        labels = description.get("labels")
+        values: dict[str, tuple[int, ...]] = {}
+        for name, value in labels.items() if isinstance(labels, dict) else ():
+            with suppress(DatasetError):
+                values[str(name)] = _as_values(name, value)
+        return cls(values=values)
 
     def _check(self) -> None:
         found = self.all_values

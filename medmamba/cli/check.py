@@ -67,10 +67,10 @@ def _check_images(images: Path, model: Path | None, gate: "Gate", *, as_json: bo
 
 
 def _check_dataset(folder: Path, *, as_json: bool) -> int:
-    from medmamba.dataset import open_dataset, verify
+    from medmamba.dataset import survey_dataset, verify
     from medmamba.files import to_json, to_plain
 
-    report = verify(open_dataset(folder))
+    report = verify(survey_dataset(folder))
     if as_json:
         sys.stdout.write(to_json(to_plain(report)))
     else:

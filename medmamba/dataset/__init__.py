@@ -7,7 +7,7 @@ from medmamba.dataset.acquisitions import split_acquisitions
 from medmamba.dataset.case import Case, Dataset, grid_difference, load_case
 from medmamba.dataset.inputs import CaseListing, Rejection, find_cases, safe_id
 from medmamba.dataset.problems import Problem, VerificationReport
-from medmamba.dataset.raw import open_dataset, read_label_map
+from medmamba.dataset.raw import open_dataset, read_label_map, survey_dataset
 from medmamba.dataset.splits import (
     Split,
     make_splits,
@@ -40,6 +40,7 @@ __all__ = [
     "shared_subjects",
     "split_acquisitions",
     "split_for_fold",
+    "survey_dataset",
     "verify",
     "write_splits",
 ]

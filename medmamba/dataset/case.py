@@ -69,6 +69,8 @@ class Dataset:
         layout: ``nnunet`` or ``decathlon``.
         stray_files: files of the dataset's ending that belong to no case.
         splits: folds of a splits_final.json in the folder; empty when there is none.
+        faults: what is wrong with dataset.json and splits_final.json themselves; a dataset with
+            faults can be verified and no more.
     """
 
     folder: Path
@@ -82,6 +84,7 @@ class Dataset:
     layout: str = "nnunet"
     stray_files: tuple[Path, ...] = ()
     splits: tuple[Split, ...] = ()
+    faults: tuple[str, ...] = ()
 
     @property
     def channels_in_one_file(self) -> bool:

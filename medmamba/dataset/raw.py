@@ -5,7 +5,8 @@ Only what makes reading impossible is an error here; ``verification`` reports ev
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,20 @@ def open_dataset(folder: Path | str) -> Dataset:
     """Understand a raw dataset folder (nnU-Net v2 or Medical Segmentation Decathlon).
 
     Raises:
-        DatasetError: no folder, no usable dataset.json, or no training case.
+        DatasetError: no folder, no usable dataset.json, or no training case; all faults of
+            dataset.json at once.
+    """
+    dataset = survey_dataset(folder)
+    if dataset.faults:
+        raise _faulty(dataset.folder / DESCRIPTION_FILE, dataset.faults)
+    return dataset
+
+
+def survey_dataset(folder: Path | str) -> Dataset:
+    """Open a dataset for verification: faults that still let cases be found are noted, not raised.
+
+    Raises:
+        DatasetError: no folder, no dataset.json that can be read, or no training case.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -43,14 +57,30 @@ def open_dataset(folder: Path | str) -> Dataset:
     if is_decathlon(description):
         dataset = open_decathlon(folder, description)
     else:
-        dataset = _open_nnunet(folder, description)
+        dataset = _survey_nnunet(folder, description)
     if not dataset.training_cases:
-        raise DatasetError(
+        missing = (
             f"{folder}: has no training case (no file in imagesTr ends in "
             f"'_0000{dataset.file_ending}'). Check imagesTr and 'file_ending' in dataset.json."
         )
-    splits = folder / SPLITS_FILE
-    return replace(dataset, splits=read_splits(splits)) if splits.is_file() else dataset
+        raise _faulty(path, dataset.faults or (missing,))
+    return _with_splits(dataset, folder / SPLITS_FILE)
+
+
+def _with_splits(dataset: Dataset, path: Path) -> Dataset:
+    if not path.is_file():
+        return dataset
+    try:
+        return replace(dataset, splits=read_splits(path))
+    except DatasetError as fault:
+        return replace(dataset, faults=(*dataset.faults, fault.message))
+
+
+def _faulty(path: Path, faults: Sequence[str]) -> DatasetError:
+    if len(faults) == 1:
+        return DatasetError(faults[0])
+    listed = "\n  ".join(faults)
+    return DatasetError(f"{path}: {len(faults)} problems:\n  {listed}")
 
 
 def read_label_map(path: Path) -> LabelMap:
@@ -67,36 +97,30 @@ def read_label_map(path: Path) -> LabelMap:
     return LabelMap.from_dataset_json(description)
 
 
-def check_description(description: Mapping[str, Any], path: Path) -> None:
-    """Check every key that is needed, and report all problems at once.
-
-    Raises:
-        DatasetError: listing what is missing or cannot be used.
-    """
-    problems = []
+def _description_faults(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Check every key that is needed; say what is missing or cannot be used."""
+    faults = []
     checks = (channel_names, file_ending, lambda found: LabelMap.from_dataset_json(dict(found)))
     for check in checks:
         try:
             check(description)
-        except DatasetError as problem:
-            problems.append(problem.message)
+        except DatasetError as fault:
+            faults.append(fault.message)
     if "numTraining" not in description:
-        problems.append("dataset.json: 'numTraining' is missing; the number of cases is needed.")
-    if len(problems) == 1:
-        raise DatasetError(problems[0])
-    if problems:
-        listed = "\n  ".join(problems)
-        raise DatasetError(f"{path}: {len(problems)} problems:\n  {listed}")
+        faults.append("dataset.json: 'numTraining' is missing; the number of cases is needed.")
+    return tuple(faults)
 
 
-def _open_nnunet(folder: Path, description: dict[str, Any]) -> Dataset:
-    check_description(description, folder / DESCRIPTION_FILE)
-    names = channel_names(description)
-    ending = file_ending(description)
+def _survey_nnunet(folder: Path, description: dict[str, Any]) -> Dataset:
+    faults = _description_faults(description)
+    names, labels, ending = _usable_parts(folder, description)
+    if not ending:
+        raise _faulty(folder / DESCRIPTION_FILE, faults)
     listed = description.get("dataset")
+    strays: tuple[Path, ...] = ()
     if listed is not None:
-        training: tuple[Case, ...] = _listed_cases(folder, listed)
-        strays: tuple[Path, ...] = ()
+        training, unusable = _listed_cases(folder, listed)
+        faults += unusable
     else:
         training, strays = scan_cases(folder / "imagesTr", ending, labels=folder / "labelsTr")
     test, _ = scan_cases(folder / "imagesTs", ending, labels=None)
@@ -105,12 +129,43 @@ def _open_nnunet(folder: Path, description: dict[str, Any]) -> Dataset:
         name=folder.resolve().name,
         description={**description, "channel_names": _numbered(names)},
         channel_names=names,
-        label_map=LabelMap.from_dataset_json(description),
+        label_map=labels,
         file_ending=ending,
         training_cases=training,
         test_cases=test,
         stray_files=strays,
+        faults=faults,
     )
+
+
+def _usable_parts(
+    folder: Path, description: dict[str, Any]
+) -> tuple[tuple[str, ...], LabelMap, str]:
+    """Channel names, labels and file ending, or what of them a faulty dataset.json still says."""
+    try:
+        names = channel_names(description)
+    except DatasetError:
+        entry = description.get("channel_names", description.get("modality"))
+        names = tuple(map(str, entry.values())) if isinstance(entry, dict) else ()
+    try:
+        labels = LabelMap.from_dataset_json(description)
+    except DatasetError:
+        labels = LabelMap.declared_in(description)
+    try:
+        ending = file_ending(description)
+    except DatasetError:
+        ending = _most_common_ending(folder / "imagesTr")
+    return names, labels, ending
+
+
+def _most_common_ending(images: Path) -> str:
+    """The ending that most files have, of those that can be read; empty where none can."""
+    found = Counter(
+        max((ending for ending in FORMATS if path.name.endswith(ending)), key=len, default="")
+        for path in visible_files(images, "")
+    )
+    del found[""]
+    return found.most_common(1)[0][0] if found else ""
 
 
 def channel_names(description: Mapping[str, Any]) -> tuple[str, ...]:
@@ -181,19 +236,21 @@ def visible_files(folder: Path, ending: str) -> Iterable[Path]:
     yield from (folder / name for name in sorted(names) if name.endswith(ending))
 
 
-def _listed_cases(folder: Path, listed: Any) -> tuple[Case, ...]:
+def _listed_cases(folder: Path, listed: Any) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    """Cases of a ``dataset`` entry, and what is wrong with the others."""
     if not isinstance(listed, dict):
-        raise DatasetError(
-            f"dataset.json: 'dataset' is a {type(listed).__name__}; a map case -> files is needed."
+        return (), (
+            f"dataset.json: 'dataset' is a {type(listed).__name__}; a map case -> files is needed.",
         )
-    cases = []
+    cases, faults = [], []
     for case_id, entry in sorted(listed.items()):
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or not images:
-            raise DatasetError(
+            faults.append(
                 f"dataset.json: 'dataset' entry '{case_id}' is {entry!r}; "
                 "'images' (a list of paths) and 'label' are needed."
             )
+            continue
         label = entry.get("label")
         cases.append(
             Case(
@@ -202,7 +259,7 @@ def _listed_cases(folder: Path, listed: Any) -> tuple[Case, ...]:
                 labels=None if label is None else _expanded(folder, label),
             )
         )
-    return tuple(cases)
+    return tuple(cases), tuple(faults)
 
 
 def _expanded(folder: Path, path: object) -> Path:

@@ -81,7 +81,8 @@ def verify(
             records.append(record)
             if progress is not None:
                 progress(len(records), total)
-    problems = [problem for record in records for problem in record.problems]
+    problems = [make_problem(None, "E_DATASET", fault) for fault in dataset.faults]
+    problems += [problem for record in records for problem in record.problems]
     problems += _dataset_problems(dataset, records)
     return VerificationReport(
         dataset=dataset.name,
@@ -116,7 +117,7 @@ def _verify_case(case: Case, dataset: Dataset) -> _CaseRecord:
 def _check_channel_files(record: _CaseRecord, dataset: Dataset) -> None:
     """Hold the channel numbers in file names against dataset.json."""
     case, ending = record.case, dataset.file_ending
-    if dataset.description.get("dataset") is not None or len(case.images) == 0:
+    if dataset.description.get("dataset") is not None or not dataset.channel_names:
         return
     numbers = [path.name[: -len(ending)].rpartition("_")[2] for path in case.images]
     if not all(len(number) == 4 and number.isdigit() for number in numbers):
@@ -136,6 +137,8 @@ def _check_channel_files(record: _CaseRecord, dataset: Dataset) -> None:
 
 def _check_channel_total(record: _CaseRecord, dataset: Dataset) -> None:
     expected = len(dataset.channel_names)
+    if not expected:
+        return  # dataset.json does not say, which is a fault of its own
     already = any(problem.code == "E_CHAN_COUNT" for problem in record.problems)
     unread = record.files_read < len(record.case.images)
     if record.channels == expected or already or unread:
@@ -215,7 +218,7 @@ def _check_labels(record: _CaseRecord, path: Path, dataset: Dataset) -> None:
     record.label_voxels = _count_values(volume.array)
     declared = set(dataset.label_map.all_values)
     undeclared = {key: n for key, n in record.label_voxels.items() if key not in declared}
-    if undeclared:
+    if undeclared and declared:
         listed = ", ".join(f"{key} ({n} voxels)" for key, n in sorted(undeclared.items())[:8])
         more = f" and {len(undeclared) - 8} more" if len(undeclared) > 8 else ""
         record.add(
@@ -238,7 +241,7 @@ def _count_values(array: NDArray[np.generic]) -> dict[int, int]:
 
 def _dataset_problems(dataset: Dataset, records: list[_CaseRecord]) -> Iterator[Problem]:
     stated = dataset.description.get("numTraining")
-    if stated != len(records):
+    if stated != len(records) and not (stated is None and dataset.faults):
         yield make_problem(
             None, "E_DATA_COUNT",
             f"dataset.json: 'numTraining' is {stated!r}, but there are {len(records)} cases.",

@@ -12,6 +12,7 @@ from medmamba.dataset import (
     open_dataset,
     read_splits,
     read_subjects,
+    survey_dataset,
     verify,
     write_splits,
 )
@@ -114,7 +115,7 @@ def plan(
     folder = find_dataset(dataset)
     if is_nnunet_preprocessed(folder):
         return plan_preprocessed(folder, Path(output), request, on_progress=on_progress)
-    raw = open_dataset(folder)
+    raw = survey_dataset(folder)
     work = Work(require_writable_folder(Path(output)))
     for place in (work.folder, work.cases, work.plans):
         remove_leftovers(place)

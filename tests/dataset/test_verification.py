@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medmamba.dataset import VerificationReport, open_dataset, orientation_code, verify
+from medmamba.dataset import (
+    VerificationReport,
+    open_dataset,
+    orientation_code,
+    survey_dataset,
+    verify,
+)
 from medmamba.errors import DatasetError
 from medmamba.files import from_plain, to_json
 from medmamba.volume import Geometry
@@ -49,6 +55,43 @@ def test_sound_dataset(raw_dataset: Path) -> None:
         VerificationReport, json.loads(to_json(report)), what="report", error=DatasetError
     )
     assert restored == report
+
+
+def test_faults_of_the_description_come_together_with_those_of_cases(
+    raw_dataset: Path, edit: Edit
+) -> None:
+    path = raw_dataset / "imagesTr" / "case_01_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[:-1000])
+    edit(
+        raw_dataset,
+        file_ending=".nii.zip",
+        channel_names=None,
+        labels={"background": 0, "a": 1, "b": 3},
+        numTraining=7,
+    )
+    (raw_dataset / "splits_final.json").write_text("[{]")
+    report = verify(survey_dataset(raw_dataset))
+    faults = [problem.message for problem in report.problems if problem.code == "E_DATASET"]
+    for part, fault in zip(
+        ("'channel_names'", "'file_ending' is '.nii.zip'", "[0, 1, 3] have gaps", "splits_final"),
+        faults,
+        strict=True,
+    ):
+        assert part in fault
+    others = {(problem.case, problem.code) for problem in report.fatal[len(faults) :]}
+    undeclared = {(f"case_{index:02d}", "E_LABEL_UNDECLARED") for index in range(6)}
+    assert others == {("case_01", "E_IO_TRUNCATED"), (None, "E_DATA_COUNT")} | undeclared
+    with pytest.raises(DatasetError, match="4 problems"):
+        open_dataset(raw_dataset)
+
+
+def test_entries_of_a_file_list_are_all_named(raw_dataset: Path, edit: Edit) -> None:
+    entry = {"images": ["imagesTr/case_00_0000.nii.gz", "imagesTr/case_00_0001.nii.gz"]}
+    edit(raw_dataset, dataset={"case_00": entry, "case_01": {}, "case_02": {"images": "x"}})
+    report = verify(survey_dataset(raw_dataset))
+    faults = [problem.message for problem in report.problems if problem.code == "E_DATASET"]
+    assert ["case_01" in faults[0], "case_02" in faults[1], len(faults)] == [True, True, 2]
+    assert ("case_00", "E_LABEL_MISSING") in {(p.case, p.code) for p in report.problems}
 
 
 def test_all_problems_at_once(raw_dataset: Path, volume: Write, edit: Edit) -> None:
