@@ -107,19 +107,23 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, block_bytes: int = 2**30, total_bytes: int = 2**31 - 1) -> None:
     """Let glibc keep large freed blocks instead of returning them to the system.
 
     Each step frees and takes the same activations again; with the default settings every one of
     their pages is faulted in anew, a tenth of a step in fp32. Other C libraries are left alone.
+
+    Args:
+        block_bytes: larger blocks go back to the system all the same.
+        total_bytes: about the most that is kept.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return
     library = ctypes.CDLL(None)
     # Older versions allow no more than half a heap, 32 MiB.
-    if not library.mallopt(M_MMAP_THRESHOLD, 2**30):
+    if not library.mallopt(M_MMAP_THRESHOLD, block_bytes):
         library.mallopt(M_MMAP_THRESHOLD, 2**25)
-    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    library.mallopt(M_TRIM_THRESHOLD, total_bytes)
 
 
 def describe_cpu() -> str:
