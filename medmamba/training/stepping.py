@@ -101,9 +101,11 @@ class Stepper:
         norm = clip_gradients(self.network.parameters(), self._clip)
         loss_value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
         applied = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if applied or self.scaler.is_enabled():
-            # The scaler leaves out steps that overflowed, and lowers its scale.
+        if applied:
             self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled():
+            # Lowers its scale after an overflow. It is not asked to step then: a fused optimiser
+            # would leave out the update and yet take momentum for begun, from unset memory.
             self.scaler.update()
         if applied and self.average is not None:
             self.average.update(self.network, iteration)

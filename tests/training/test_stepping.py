@@ -7,7 +7,12 @@ from medmamba.errors import EnvironmentFault, UsageError
 from medmamba.labels import LabelMap
 from medmamba.networks import build_network
 from medmamba.networks.spec import NetworkSpec
-from medmamba.training.precision import choose_precision, has_native_bf16, resolve_device
+from medmamba.training.precision import (
+    choose_precision,
+    deterministic_algorithms,
+    has_native_bf16,
+    resolve_device,
+)
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sampling import Batch
 from medmamba.training.stepping import Stepper
@@ -87,6 +92,25 @@ def test_a_step_that_is_not_finite_changes_no_weight() -> None:
     for name, tensor in stepper.network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert stepper.bad_parameters()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_first_step_that_overflows_leaves_no_unset_memory_behind(optimizer) -> None:
+    plain, scaled = (stepper_of(CLASSES, optimizer=optimizer) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batch = batch_of(2)
+    with deterministic_algorithms(True):  # torch then fills unset memory with NaN
+        overflow = next(scaled.network.parameters()).register_hook(lambda grad: grad * torch.inf)
+        assert not scaled.train(batch, 0.01, 0).applied
+        assert scaled.scaler.get_scale() == 512.0
+        overflow.remove()
+        for step in range(3):
+            plain.train(batch, 0.01, step)
+            assert scaled.train(batch, 0.01, step).applied
+    for expected, found in zip(
+        plain.network.parameters(), scaled.network.parameters(), strict=True
+    ):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_overlap_is_counted_per_class_and_region_without_ignored_voxels() -> None:
