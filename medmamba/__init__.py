@@ -9,7 +9,8 @@ The four verbs of the command line are functions here::
     medmamba.predict("images", "masks", "work/runs/lightm_unet_s/3d_fullres/fold_0")
     medmamba.evaluate("labels", "masks")
 
-Names are loaded on first use, so that ``import medmamba`` costs nothing.
+``medmamba.select`` makes one model of all folds, ``medmamba.compare`` holds networks against each
+other. Names are loaded on first use, so that ``import medmamba`` costs nothing.
 """
 
 from importlib import import_module
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from medmamba.dataset import Dataset
     from medmamba.errors import MedMambaError
     from medmamba.labels import LabelMap
+    from medmamba.pipeline.comparing import compare
     from medmamba.pipeline.evaluating import evaluate
     from medmamba.pipeline.planning import plan
     from medmamba.pipeline.predicting import predict
+    from medmamba.pipeline.selecting import select
     from medmamba.pipeline.training import train
     from medmamba.plans.fingerprint import Fingerprint
     from medmamba.plans.plan import Plan
@@ -40,9 +43,11 @@ _HOMES = {
     "MedMambaError": "medmamba.errors",
     "Plan": "medmamba.plans.plan",
     "Volume": "medmamba.volume",
+    "compare": "medmamba.pipeline.comparing",
     "evaluate": "medmamba.pipeline.evaluating",
     "plan": "medmamba.pipeline.planning",
     "predict": "medmamba.pipeline.predicting",
+    "select": "medmamba.pipeline.selecting",
     "train": "medmamba.pipeline.training",
 }
 
@@ -57,9 +62,11 @@ __all__ = [
     "Plan",
     "Volume",
     "__version__",
+    "compare",
     "evaluate",
     "plan",
     "predict",
+    "select",
     "train",
 ]
 

@@ -22,13 +22,12 @@ from medmamba.pipeline.predictors import make_predictor
 from medmamba.pipeline.references import find_references
 from medmamba.pipeline.validating import (
     VALIDATION_FOLDER,
+    StoredCases,
     mean_dice,
-    stored_case,
     validate_cases,
     write_mask,
 )
 from medmamba.pipeline.work import Work, open_work
-from medmamba.preprocessing.store import CaseStore
 
 Say = Callable[[str], None]
 
@@ -205,13 +204,10 @@ def _pair(
     models = (first.models[0], second.models[0])
     for fold, split in enumerate(splits):
         members = [make_predictor(model[fold], device=device).members[0] for model in models]
-        stores = [
-            CaseStore(place.store(m[fold].manifest.configuration, m[fold].configuration))
-            for m in models
-        ]
+        stores = [StoredCases.of(place, model[fold]) for model in models]
         both = EnsemblePredictor(members)
         for case in split.validation:
-            prepared, *others = (stored_case(store, case) for store in stores)
+            prepared, *others = (store.prepare(case) for store in stores)
             labels = both.restore(both.infer(replace(prepared, siblings=tuple(others)))).labels
             write_mask(folder, case, labels, references[case])
     return _candidate(place, name, models, folder)
@@ -274,17 +270,15 @@ def _save_folds(
     from medmamba.networks.weights import load_weights
 
     first = models[0]
-    weights = [
-        load_weights(model.folder / entry.file)
-        for model in models
-        for entry in model.manifest.weights
-    ]
+    entries = [(model, entry) for model in models for entry in model.manifest.weights]
+    earlier = [(model, entry) for model in models for entry in model.manifest.previous_weights]
     folder.parent.mkdir(parents=True, exist_ok=True)
     return save_bundle(
         folder,
         plan=first.plan,
         configuration=first.manifest.configuration,
-        weights=weights,
+        weights=[load_weights(model.folder / entry.file) for model, entry in entries],
+        previous_weights=[load_weights(model.folder / entry.file) for model, entry in earlier],
         folds=[fold for model in models for fold in model.folds],
         precision=first.manifest.precision,
         training=_provenance(models),

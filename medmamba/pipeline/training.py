@@ -201,7 +201,7 @@ def train(
         model = setup.run_folder / MODEL_FOLDER
         if team.leads:
             _write_model(model, decided, name, fold, setup, result, previous)
-            if validate and fold != "all" and previous is None:
+            if validate and fold != "all":
                 _validate(place, setup, model, on_message)
         return TrainOutcome(
             run_folder=setup.run_folder,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,6 @@ from medmamba.preprocessing.pipeline import PreprocessedCase
 from medmamba.preprocessing.restore import on_working_grid, working_geometry
 from medmamba.preprocessing.store import CaseStore
 from medmamba.volume import Volume
-
-if TYPE_CHECKING:
-    from medmamba.inference.ensemble import EnsemblePredictor
 
 VALIDATION_FOLDER = "validation"
 RECORD_FILE = "validation.json"
@@ -91,15 +88,13 @@ def validate_cases(
         return old
     begun = time.monotonic()
     references = find_references(work, cases)
-    store = CaseStore(work.store(bundle.manifest.configuration, bundle.configuration))
-    stage, first = bundle.configuration.previous_stage, bundle.previous
-    coarse = None if stage is None or first is None else CaseStore(work.store(stage, first))
+    stored = StoredCases.of(work, bundle)
     predictor = make_predictor(bundle, mirror=mirror, device=device)
     folder = run_folder / VALIDATION_FOLDER
     (run_folder / RECORD_FILE).unlink(missing_ok=True)
     scored = []
     for case in cases:
-        labels = predict_stored(predictor, store, case, coarse)
+        labels = predictor.restore(predictor.infer(stored.prepare(case))).labels
         mask = write_mask(folder, case, labels, references[case])
         scores = evaluate_case(
             references[case], mask, label_map=bundle.plan.label_map, case_id=case
@@ -110,7 +105,7 @@ def validate_cases(
     evaluation = Evaluation(label_map=bundle.plan.label_map, cases=tuple(scored))
     write_evaluation(folder, evaluation)
     if overlays:
-        draw_overlays(folder / OVERLAYS_FOLDER, evaluation, store, bundle)
+        draw_overlays(folder / OVERLAYS_FOLDER, evaluation, stored.fine, bundle)
     record = ValidationRecord(
         model_sha256=bundle.sha256,
         mirror=mirror,
@@ -134,29 +129,37 @@ def read_validation(run_folder: Path) -> ValidationRecord | None:
         return None
 
 
-def stored_case(store: CaseStore, case_id: str) -> PreprocessedCase:
-    """Read the image of a stored case as prediction prepares it."""
+@dataclass(frozen=True)
+class StoredCases:
+    """Preprocessed cases as a model takes them; those of a cascade on both of its grids."""
+
+    fine: CaseStore
+    coarse: CaseStore | None
+
+    @classmethod
+    def of(cls, work: Work, bundle: Bundle) -> "StoredCases":
+        """Those of a work folder that a model of it needs."""
+        fine = CaseStore(work.store(bundle.manifest.configuration, bundle.configuration))
+        stage, first = bundle.configuration.previous_stage, bundle.previous
+        if stage is None or first is None:
+            return cls(fine, None)
+        return cls(fine, CaseStore(work.store(stage, first)))
+
+    def prepare(self, case_id: str) -> PreprocessedCase:
+        """Read a case as prediction prepares it from its raw image.
+
+        Raises:
+            DatasetError: it is not preprocessed.
+        """
+        coarse = None if self.coarse is None else _read(self.coarse, case_id)
+        return replace(_read(self.fine, case_id), coarse=coarse)
+
+
+def _read(store: CaseStore, case_id: str) -> PreprocessedCase:
     stored = store.open(case_id)
     return PreprocessedCase(
         data=stored.data[:], labels=None, record=stored.record, class_locations={}
     )
-
-
-def predict_stored(
-    predictor: "EnsemblePredictor", store: CaseStore, case_id: str, coarse: CaseStore | None = None
-) -> NDArray[Any]:
-    """Return the labels (D, H, W) of a stored case on the grid of its raw image.
-
-    Args:
-        predictor: of the configuration the store is for.
-        store: preprocessed cases.
-        case_id: of the case.
-        coarse: the same cases on the grid of a cascade's first stage.
-    """
-    prepared = stored_case(store, case_id)
-    if coarse is not None:
-        prepared = replace(prepared, coarse=stored_case(coarse, case_id))
-    return predictor.restore(predictor.infer(prepared)).labels
 
 
 def write_mask(folder: Path, case_id: str, labels: NDArray[Any], reference: Path) -> Path:

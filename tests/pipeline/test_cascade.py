@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,35 @@ def test_whole_validation_cases_go_through_both_stages(trained, tmp_path) -> Non
     bundle, place = load_bundle(trained[2].model), open_work(trained[1])
     record = validate_cases(bundle, place, CASES[:2], tmp_path, device="cpu", overlays=False)
     assert record.dice["foreground"] > 0.5
+
+
+@pytest.mark.slow
+def test_folds_of_a_cascade_become_one_model(trained, tmp_path) -> None:
+    raw, work = trained[0], tmp_path / "work"
+    shutil.copytree(trained[1], work)
+    halves = [
+        Split(train=CASES[3:], validation=CASES[:3]),
+        Split(train=CASES[:3], validation=CASES[3:]),
+    ]
+    write_splits(work / "splits.json", halves)
+    said: list[str] = []
+    for stage in (COARSE, FINE):
+        for fold in (0, 1):
+            medmamba.train(
+                work, network=NETWORK, configuration=stage, fold=fold, recipe="short", epochs=1,
+                iterations=2, on_message=said.append,
+            )  # fmt: skip
+    assert sum("validating 3 whole cases" in text for text in said) == 4
+    found = medmamba.select(work, output=tmp_path / "model")
+    assert {one.name for one in found.candidates} == {
+        f"{NETWORK} {COARSE}",
+        f"{NETWORK} {FINE}",
+        f"{NETWORK} {FINE} + {NETWORK} {COARSE}",
+    }
+    best = medmamba.select(work, configurations=[FINE], output=tmp_path / "cascade").bundle
+    assert [entry.fold for entry in best.manifest.previous_weights] == ["0", "1"]
+    done = medmamba.predict(raw / "imagesTs", tmp_path / "masks", best.folder)
+    assert done.succeeded == 2
 
 
 def test_the_model_holds_both_stages_and_repeats_its_reference_case(trained) -> None:
