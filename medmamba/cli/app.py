@@ -32,6 +32,7 @@ from medmamba.cli.select import select
 from medmamba.cli.status import status
 from medmamba.cli.train import train
 from medmamba.cli.verify import verify
+from medmamba.cli.watch import watch
 from medmamba.errors import MedMambaError
 
 EXIT_BUG = 1
@@ -53,6 +54,7 @@ for _command in (
     predict,
     index,
     status,
+    watch,
     evaluate,
     compare,
     check,

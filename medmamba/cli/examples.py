@@ -57,6 +57,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("Only cases that a model takes", f"index archive -o cases.jsonl -m {MODEL}"),
     ),
+    "watch": (
+        ("A folder that a scanner or router fills", "watch incoming masks -m model"),
+        ("Take a case when CASE.done is there", "watch incoming masks -m model --marker .done"),
+    ),
     "status": (
         ("How far is a run?", "status masks"),
         ("For a script", "status masks --json"),
@@ -145,8 +149,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("A model's mask", "convert seg-to-dicom mask.nii.gz series -m model -o mask.dcm"),
         (
             "One that people drew",
-            "convert seg-to-dicom mask.nii.gz series --labels dataset.json --algorithm manual "
-            "-o mask.dcm",
+            "convert seg-to-dicom mask.nii.gz series --labels dataset.json -o mask.dcm",
         ),
     ),
 }  # fmt: skip

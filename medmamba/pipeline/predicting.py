@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmamba.bundle import Bundle, Manifest, load_bundle
-from medmamba.dataset import CaseListing, split_acquisitions
+from medmamba.dataset import CaseListing, Rejection, split_acquisitions
 from medmamba.dataset.manifest import CaseStream, open_cases
 from medmamba.dataset.shards import Shard, parse_shard
 from medmamba.errors import UsageError
@@ -106,6 +106,7 @@ def predict(
     metrics: Path | str | None = None,
     engine: Engine | str = "local",
     address: str | None = None,
+    incoming: Callable[[Bundle], Iterable[Work]] | None = None,
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
     on_event: "OnEvent | None" = None,
@@ -140,6 +141,7 @@ def predict(
         metrics: text file for Prometheus, rewritten every few seconds.
         engine: ``ray`` predicts on all machines of a Ray cluster.
         address: of the cluster; None for the one this machine belongs to, ``local`` for a new one.
+        incoming: gives a stream of cases instead of those behind ``images``; it may have no end.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
         on_event: called with every event of the journal, and with progress within cases.
@@ -171,15 +173,22 @@ def predict(
     ):
         bundle = load_bundle(Path(model))
         share = None if shard is None else parse_shard(shard)
-        work = open_work(
-            bundle, Path(images), Path(output), root=root, share=share, follow_links=follow_links,
-            split=split,
-        )  # fmt: skip
+        cases: Iterable[Work]
+        rejected: tuple[Rejection, ...] = ()
+        total: int | None = None
+        if incoming is not None:
+            cases = incoming(bundle)
+        else:
+            work = open_work(
+                bundle, Path(images), Path(output), root=root, share=share,
+                follow_links=follow_links, split=split,
+            )  # fmt: skip
+            total, cases = work.total, work if isinstance(work, CaseStream) else work.cases
+            rejected = () if isinstance(work, CaseStream) else work.rejected
         folder = require_writable_folder(Path(output))
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
         books: dict[str, Any] = {
-            "rejected": work.rejected if isinstance(work, CaseListing) else (),
-            "total": work.total, "shard": str(share or ""), "fail_on": fail_on,
+            "rejected": rejected, "total": total, "shard": str(share or ""), "fail_on": fail_on,
             "max_failures": max_failures, "on_case": on_decided, "on_event": on_event,
             "on_tiles": _progress_to(on_event),
         }  # fmt: skip
@@ -189,11 +198,9 @@ def predict(
             "budget_bytes": max_ram_bytes or available_bytes(),
         }  # fmt: skip
 
-        cases = work.cases if isinstance(work, CaseListing) else work
-
         def announce(settings: str) -> None:
             if on_message is not None:
-                on_message(_describe(bundle, work, settings))
+                on_message(_describe(bundle, total, len(rejected), settings))
 
         if on_ray:
             run = _predict_on_ray(
@@ -350,10 +357,8 @@ def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
     )
 
 
-def _describe(bundle: Bundle, work: CaseListing | CaseStream, settings: str) -> str:
-    turned_away = len(work.rejected) if isinstance(work, CaseListing) else 0
+def _describe(bundle: Bundle, total: int | None, turned_away: int, settings: str) -> str:
+    what = "waiting for cases," if total is None else f"predicting {total - turned_away} cases"
     rejected = f" ({turned_away} rejected)" if turned_away else ""
-    return (
-        f"predicting {work.total - turned_away} cases{rejected} with {bundle.manifest.name} "
-        f"(fold {', '.join(bundle.folds)}) {settings}"
-    )
+    folds = ", ".join(bundle.folds)
+    return f"{what}{rejected} with {bundle.manifest.name} (fold {folds}) {settings}"

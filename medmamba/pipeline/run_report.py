@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medmamba.dataset import Case, Rejection
+from medmamba.dataset import Case
 from medmamba.inference.journal import RUNS_FOLDER
+from medmamba.inference.overlap import Work
 from medmamba.reporting import REPORT_FILE, write_page
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ MAX_REPORTED = 20_000
 """Cases of a run whose records may be in memory at once for a page."""
 
 
-def report_run(run: "PredictionRun", cases: Iterable[Case | Rejection]) -> Path | None:
+def report_run(run: "PredictionRun", cases: Iterable[Work]) -> Path | None:
     """Write ``run/<run>/report.html``; None where there is nothing to show, or too much.
 
     Masks are done by then, so no trouble here may cost them: it is logged.
