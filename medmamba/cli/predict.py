@@ -148,6 +148,14 @@ def predict(
             help="Also keep what labels are decided by, as OUT/CASE_prob.b2nd.",
         ),
     ] = "none",
+    labels_for: Annotated[
+        str,
+        typer.Option(
+            "--labels-for",
+            metavar="slicer,itksnap",
+            help="Write names and colours of labels as these viewers load them, into OUT.",
+        ),
+    ] = "",
     report: Annotated[
         bool,
         typer.Option("--report/--no-report", help="Write a page with pictures of every case."),
@@ -234,6 +242,7 @@ def predict(
             grace_s=grace,
             supervised=not in_process,
             save_probabilities=kept,
+            labels_for=[viewer for viewer in labels_for.split(",") if viewer],
             report=report,
             metrics=metrics,
             engine=engine,

@@ -1,7 +1,7 @@
 """predict(): masks for new images from a model folder."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_
 from medmamba.inference.overlap import Work
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
+from medmamba.io.viewer_labels import ViewerLabel, write_viewer_labels
 from medmamba.pipeline.cluster import ENGINES, Engine
 from medmamba.pipeline.predictors import describe_settings, make_predictor
 from medmamba.pipeline.run_report import report_run
@@ -100,6 +101,7 @@ def predict(
     supervised: bool = True,
     split: bool = False,
     save_probabilities: Literal["none", "float16", "uint8"] = "none",
+    labels_for: Sequence[str] = (),
     report: bool = True,
     gate: Gate = DEFAULT_GATE,
     max_ram_bytes: int | None = None,
@@ -134,6 +136,7 @@ def predict(
         grace_s: after a signal, a case that needs no longer than this is finished.
         supervised: run the model in a child process, whose death costs no more than a case.
         save_probabilities: keep what labels are decided by, ``CASE_prob.b2nd``, in this form.
+        labels_for: viewers, ``slicer`` or ``itksnap``, that get a file of names and colours.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
         report: write ``run/<run>/report.html``, a page with pictures of every case.
         gate: limits and permissions of reading; a strict one also computes every tile.
@@ -186,6 +189,7 @@ def predict(
             total, cases = work.total, work if isinstance(work, CaseStream) else work.cases
             rejected = () if isinstance(work, CaseStream) else work.rejected
         folder = require_writable_folder(Path(output))
+        write_viewer_labels(folder, viewer_labels(bundle), labels_for)
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
         books: dict[str, Any] = {
             "rejected": rejected, "total": total, "shard": str(share or ""), "fail_on": fail_on,
@@ -347,6 +351,18 @@ def _workers(
         yield lambda: unused.pop() if unused else WorkerProcess(command)
     finally:
         first.close()
+
+
+def viewer_labels(bundle: Bundle) -> tuple[ViewerLabel, ...]:
+    """The values of masks with names and colours; a region goes by the value it is written as."""
+    label_map = bundle.plan.label_map
+    colors = {entry.name: entry.color for entry in bundle.manifest.labels}
+    painted = dict(zip(label_map.foreground, label_map.region_order, strict=False))
+    found = (
+        ViewerLabel(value=painted.get(name, values[0]), name=name, color=colors[name])
+        for name, values in label_map.foreground.items()
+    )
+    return tuple(sorted(found, key=lambda label: label.value))
 
 
 def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
