@@ -4,7 +4,8 @@ A token-wise network needs no other layout; torch's own kernels for depthwise co
 group norm are many times slower on few channels than the forms here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from torch.nn import functional
 from medmamba.kernels.placement import on_cpu
 
 REDUCED = (torch.bfloat16, torch.float16)
+
+CONVOLVE: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
+    {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+)
+"""By axes of a map, channels and batch among them; one over space is a sequence of channels."""
 
 NARROW = 8
 """Up to this many channels torch's layer norm is several times slower in bf16 than in float32."""
@@ -77,7 +83,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def _convolve(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
-    convolve = functional.conv2d if maps.dim() == 4 else functional.conv3d
+    convolve = CONVOLVE[maps.dim()]
     padding = tuple((size - 1) // 2 for size in weight.shape[2:])
     y: Tensor = convolve(maps, weight, bias, stride=stride, padding=padding, groups=weight.shape[0])
     return y
