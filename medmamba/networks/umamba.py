@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,7 +27,7 @@ from medmamba.networks.blocks import (
 from medmamba.networks.definition import NetworkDefinition, read_options
 from medmamba.networks.spec import NetworkSpec
 from medmamba.networks.token_layer import OPTIONS, MambaEncoder, TokenLayer
-from medmamba.networks.unet import PLAIN_BLOCKS, UNet, decoder_steps, require_unet
+from medmamba.networks.unet import UNet, arrange_plain, decode, decoder_steps, require_unet
 
 CHANNEL_TOKENS = "channel_tokens"
 """Option of Enc: scan over channels where a map has no more voxels than channels.
@@ -108,17 +107,8 @@ class NearestDecoder(nn.Module):
 
     def forward(self, skips: list[Tensor], deep_supervision: bool) -> list[Tensor]:
         """Return logits, highest resolution first; only those without deep supervision."""
-        x = skips[-1]
-        logits: list[Tensor] = []
-        last = len(self.stages) - 1
-        for step, stage in enumerate(self.stages):
-            x = self.upsample_layers[step](x)
-            if step < last or self.uses_last_skip:
-                x = torch.cat((x, skips[-(step + 2)]), dim=1)
-            x = stage(x)
-            if deep_supervision or step == last:
-                logits.append(self.seg_layers[step](x))
-        return logits[::-1]
+        steps = zip(self.upsample_layers, self.stages, self.seg_layers, strict=True)
+        return decode(steps, skips, deep_supervision, last_skip=self.uses_last_skip)
 
 
 class BottleneckUNet(nn.Module):
@@ -237,13 +227,7 @@ def build_bot(spec: NetworkSpec) -> nn.Module:
 
 def arrange(spec: NetworkSpec) -> NetworkSpec:
     """Two blocks per stage in the upper half, one in the deeper half."""
-    return reduce_blocks(
-        replace(
-            spec,
-            encoder_blocks=(PLAIN_BLOCKS,) * spec.stages,
-            decoder_blocks=(PLAIN_BLOCKS,) * (spec.stages - 1),
-        )
-    )
+    return reduce_blocks(arrange_plain(spec))
 
 
 UMAMBA_ENC = NetworkDefinition(

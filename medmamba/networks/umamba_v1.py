@@ -5,8 +5,6 @@ on the deepest map (Bot), and a decoder of transposed convolutions and residual 
 per stage are the plan's, sequences are always voxels, nothing is tied to a patch size.
 """
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from medmamba.networks.blocks import initialize_he, zero_last_norms
@@ -14,10 +12,10 @@ from medmamba.networks.definition import NetworkDefinition, read_options
 from medmamba.networks.spec import NetworkSpec
 from medmamba.networks.token_layer import OPTIONS, MambaEncoder, TokenLayer, mix_voxels
 from medmamba.networks.unet import (
-    PLAIN_BLOCKS,
     ResidualEncoder,
     TransposedDecoder,
     UNet,
+    arrange_plain,
     require_unet,
 )
 
@@ -66,19 +64,10 @@ def build_bot(spec: NetworkSpec) -> nn.Module:
     return network
 
 
-def arrange(spec: NetworkSpec) -> NetworkSpec:
-    """Two residual blocks per stage, encoder and decoder."""
-    return replace(
-        spec,
-        encoder_blocks=(PLAIN_BLOCKS,) * spec.stages,
-        decoder_blocks=(PLAIN_BLOCKS,) * (spec.stages - 1),
-    )
-
-
 UMAMBA_ENC_V1 = NetworkDefinition(
     build=build_enc,
     dimensions=frozenset({2, 3}),
-    arrange=arrange,
+    arrange=arrange_plain,
     source="Ma et al. 2024, U-Mamba (arXiv 2401.04722), first code release",
     summary="residual U-Net with a Mamba layer after every encoder stage; published figures",
 )
@@ -86,7 +75,7 @@ UMAMBA_ENC_V1 = NetworkDefinition(
 UMAMBA_BOT_V1 = NetworkDefinition(
     build=build_bot,
     dimensions=frozenset({2, 3}),
-    arrange=arrange,
+    arrange=arrange_plain,
     source="Ma et al. 2024, U-Mamba (arXiv 2401.04722), first code release",
     summary="residual U-Net with one Mamba layer at its bottom; published figures",
 )

@@ -7,7 +7,7 @@ Shapes: x (batch, in_channels, *spatial); logits (batch, out_channels, *spatial)
 Sources: Isensee et al. 2021 (nnU-Net); Isensee et al. 2024 (residual encoder).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -103,15 +103,8 @@ class TransposedDecoder(nn.Module):
 
     def forward(self, skips: list[Tensor], deep_supervision: bool) -> list[Tensor]:
         """Return logits, highest resolution first; only those without deep supervision."""
-        x = skips[-1]
-        logits: list[Tensor] = []
-        last = len(self.stages) - 1
-        for step, stage in enumerate(self.stages):
-            x = torch.cat((self.transpconvs[step](x), skips[-(step + 2)]), dim=1)
-            x = stage(x)
-            if deep_supervision or step == last:
-                logits.append(self.seg_layers[step](x))
-        return logits[::-1]
+        steps = zip(self.transpconvs, self.stages, self.seg_layers, strict=True)
+        return decode(steps, skips, deep_supervision)
 
 
 class UNet(nn.Module):
@@ -127,6 +120,37 @@ class UNet(nn.Module):
         """Return logits, or a list of them (highest resolution first) under deep supervision."""
         logits: list[Tensor] = self.decoder(self.encoder(x), self.deep_supervision)
         return logits if self.deep_supervision else logits[0]
+
+
+def decode(
+    steps: Iterable[tuple[nn.Module, nn.Module, nn.Module]],
+    skips: Sequence[Tensor],
+    deep_supervision: bool,
+    *,
+    last_skip: bool = True,
+) -> list[Tensor]:
+    """Go up from the deepest map: enlarge, concatenate with the skip, convolve, segment.
+
+    Args:
+        steps: (enlargement, stage, head) of every step, deepest first.
+        skips: one map per stage of the encoder, highest resolution first.
+        deep_supervision: segment at every step, else at the last one.
+        last_skip: whether the last step has a skip.
+
+    Returns:
+        Logits, highest resolution first.
+    """
+    x = skips[-1]
+    logits: list[Tensor] = []
+    for (enlarge, stage, head), skip in zip(steps, skips[-2::-1], strict=True):
+        x = enlarge(x)
+        is_last = skip is skips[0]
+        if last_skip or not is_last:
+            x = torch.cat((x, skip), dim=1)
+        x = stage(x)
+        if deep_supervision or is_last:
+            logits.append(head(x))
+    return logits[::-1]
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Iterator[Tensor]:
