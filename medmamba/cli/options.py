@@ -1,9 +1,10 @@
 """Options that several commands share, and reading of human durations."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -11,6 +12,8 @@ from medmamba.errors import UsageError
 
 if TYPE_CHECKING:
     from medmamba.io import Gate
+
+Choice = TypeVar("Choice", bound=str)
 
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
@@ -46,6 +49,14 @@ Workers = Annotated[
         "--workers", min=1, help="Cases worked on at once (default: one a core, at most 8)."
     ),
 ]
+ResampleOn = Annotated[
+    str | None,
+    typer.Option(
+        "--resample-on",
+        metavar="cpu|cuda[:i]",
+        help="Resample in PyTorch on a device, with the same numbers (default: NumPy).",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
@@ -70,6 +81,18 @@ MaxVoxels = Annotated[
     typer.Option("--max-voxels", min=1, help="Reject files with more (default: 2 000 000 000)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def check_choice(option: str, value: str, choices: Sequence[Choice]) -> Choice:
+    """Return the choice that a value is.
+
+    Raises:
+        UsageError: it is none; names them.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise UsageError(f"{option} '{value}': choose one of {', '.join(choices)}.")
 
 
 def gate_of(*, strict: bool, assume_identity: bool, max_voxels: int | None) -> "Gate":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from medmamba.cli.options import Json, Workers, complete_network
+from medmamba.cli.options import Json, ResampleOn, Workers, check_choice, complete_network
 from medmamba.errors import DatasetError, UsageError
 
 if TYPE_CHECKING:
@@ -126,14 +126,7 @@ def plan(
             "train the network from this plan.",
         ),
     ] = None,
-    resample_on: Annotated[
-        str | None,
-        typer.Option(
-            "--resample-on",
-            metavar="cpu|cuda[:i]",
-            help="Resample in PyTorch on a device, with the same numbers (default: NumPy).",
-        ),
-    ] = None,
+    resample_on: ResampleOn = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -219,16 +212,6 @@ def print_outcome(outcome: "PlanOutcome", work: Path, network: str) -> None:
         print(f"nnU-Net   {outcome.nnunet_folder}")
         print(f"          nnUNetv2_train {outcome.nnunet_folder.name} 3d_fullres 0 -p {name}")
     print(f"next      medmamba train {work} --network {network}")
-
-
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of the choices.
-
-    Raises:
-        UsageError: naming them.
-    """
-    if value not in choices:
-        raise UsageError(f"{option} '{value}': choose one of {', '.join(choices)}.")
 
 
 def parse_spacing(text: str | None) -> tuple[float, ...] | None:

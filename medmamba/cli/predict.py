@@ -16,6 +16,7 @@ from medmamba.cli.options import (
     MaxVoxels,
     Strict,
     Workers,
+    check_choice,
     format_duration,
     gate_of,
     parse_size,
@@ -202,10 +203,8 @@ def predict(
 
     Exit code 0: all done; 4: some cases rejected or failed; 5: none succeeded.
     """
-    if overwrite not in OVERWRITE:
-        raise UsageError(f"--overwrite '{overwrite}': choose one of {', '.join(OVERWRITE)}.")
-    if fail_on not in FAIL_ON:
-        raise UsageError(f"--fail-on '{fail_on}': choose one of {', '.join(FAIL_ON)}.")
+    check_choice("--overwrite", overwrite, OVERWRITE)
+    failing = check_choice("--fail-on", fail_on, FAIL_ON)
     kept = next((kind for kind in PROBABILITIES if kind == save_probabilities), None)
     if kept is None:
         raise UsageError(
@@ -236,7 +235,7 @@ def predict(
             compat=compat,
             workers=workers,
             on_event=on_event,
-            fail_on=fail_on,
+            fail_on=failing,
             max_failures=max_failures,
             timeout_per_case=timeout,
             grace_s=grace,

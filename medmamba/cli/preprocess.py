@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import Json, Workers, complete_network
+from medmamba.cli.options import Json, ResampleOn, Workers, complete_network
 from medmamba.cli.plan import DEFAULT_NETWORK
 
 
@@ -32,14 +32,7 @@ def preprocess(
             "data).",
         ),
     ] = None,
-    resample_on: Annotated[
-        str | None,
-        typer.Option(
-            "--resample-on",
-            metavar="cpu|cuda[:i]",
-            help="Resample in PyTorch on a device, with the same numbers (default: NumPy).",
-        ),
-    ] = None,
+    resample_on: ResampleOn = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:

@@ -5,7 +5,7 @@ holds is decided by content (hashes), never by time. No torch.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -317,19 +317,22 @@ def describe_labels(
 
 def redacted(record: CommitRecord, paths: tuple[Path, ...]) -> CommitRecord:
     """Return the record with the folders of ``paths`` cut out of its texts."""
-    folders = sorted({str(path.parent) for path in paths}, key=len, reverse=True)
-
-    def clean(text: str) -> str:
-        for folder in folders:
-            text = text.replace(folder + "/", "").replace(folder + "\\", "")
-        return text
-
     error = record.error
     if error is not None:
-        error = dataclasses.replace(error, message=clean(error.message))
+        error = dataclasses.replace(error, message=without_folders(error.message, paths))
     return dataclasses.replace(
-        record, error=error, warnings=tuple(clean(warning) for warning in record.warnings)
+        record,
+        error=error,
+        warnings=tuple(without_folders(warning, paths) for warning in record.warnings),
     )
+
+
+def without_folders(text: str, paths: Sequence[Path]) -> str:
+    """Return a text without the folders of ``paths``, which may say more than a file may."""
+    folders = sorted({str(path.parent) for path in paths}, key=len, reverse=True)
+    for folder in folders:
+        text = text.replace(folder + "/", "").replace(folder + "\\", "")
+    return text
 
 
 def _boxes(labels: NDArray[np.integer[Any]]) -> dict[int, tuple[slice, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from medmamba.dataset import Case, find_cases, load_case
 from medmamba.errors import GeometryError, InputError
 from medmamba.files import RECORD_CONFIG
-from medmamba.inference.records import CaseError, CommitRecord, redacted
+from medmamba.inference.records import without_folders
 from medmamba.io import DEFAULT_GATE, Finding, Gate, check_file
 
 
@@ -106,11 +106,4 @@ def check_case(
 
 def _text(finding: Finding, case: Case) -> str:
     """The finding without the folders above the file, as in records."""
-    record = CommitRecord(
-        case_id=case.id,
-        status="rejected",
-        error=CaseError(code=finding.code, stage="read", message=finding.message),
-    )
-    error = redacted(record, case.images).error
-    assert error is not None
-    return f"{error.code}: {error.message}"
+    return f"{finding.code}: {without_folders(finding.message, case.images)}"
