@@ -70,6 +70,15 @@ def test_overnight(imported, raw, tmp_path):
     assert made.items() <= now.items()
 
 
+@pytest.mark.slow
+def test_compare(raw, tmp_path):
+    result = walk("compare", raw, tmp_path, "2s", "0")
+    assert "lightm_unet_s:identity against lightm_unet_s: " in result.stdout
+    assert "lightm_unet_s:dwconv against lightm_unet_s: " in result.stdout
+    assert "supports no claim; use at least 3" in result.stdout
+    assert (tmp_path / "comparison" / "report.html").is_file()
+
+
 def test_every_walkthrough_is_run():
     names = {path.stem for path in WALKTHROUGHS.glob("*.sh")}
     assert names
