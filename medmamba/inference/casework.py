@@ -329,9 +329,22 @@ class _Guard(AbstractContextManager[None]):
                 f"case {self._job.case.id}: host memory ran out during {self._stage}. "
                 "Use a machine with more memory.",
             )
+        if _is_device_loss(problem):
+            self._job.device_lost = True
+            text = f"case {self._job.case.id}: the device failed during {self._stage} ({problem})."
+            return (
+                "failed",
+                "E_DEVICE_LOST",
+                f"{text} Run again; see the system's log if it recurs.",
+            )
         logger.exception("case %s: unexpected error during %s", self._job.case.id, self._stage)
         text = f"case {self._job.case.id}: {type(problem).__name__} during {self._stage}: {problem}"
         return "failed", "E_INTERNAL", text
+
+
+def _is_device_loss(problem: Exception) -> bool:
+    """Tell whether a GPU's context is beyond use: no later call of this process will succeed."""
+    return type(problem).__name__ == "AcceleratorError" or str(problem).startswith("CUDA error")
 
 
 def mask_suffix(header: SourceHeader) -> str:

@@ -115,6 +115,7 @@ class Job:
     probabilities: "ProbabilityFile | None" = None
     record: CommitRecord | None = None
     short_of_memory: bool = False
+    device_lost: bool = False
     abandoned: bool = False
 
     @property

@@ -10,6 +10,7 @@ parameters), ``stage``, ``tiles``, ``log``, ``settled``, ``ended``, ``fault``.
 """
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -29,7 +30,7 @@ from medmamba.inference.journal import set_aside
 from medmamba.inference.ledger import Ledger
 from medmamba.inference.overlap import PREFETCH_BYTES, work_through
 from medmamba.inference.records import ModelIdentity
-from medmamba.inference.worker_process import Supervisor
+from medmamba.inference.worker_process import EXIT_DEVICE_LOST, Supervisor
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
 
@@ -206,7 +207,10 @@ class _Announced:
 
     def infer(self, job: Job, drain: DrainRequest) -> Job:
         """Run the networks."""
-        return self._announce("infer", job.case, lambda: self._work.infer(job, drain))
+        job = self._announce("infer", job.case, lambda: self._work.infer(job, drain))
+        if job.device_lost:
+            os._exit(EXIT_DEVICE_LOST)  # only another process can use the device again
+        return job
 
     def export(self, job: Job) -> Job:
         """Write mask and record."""

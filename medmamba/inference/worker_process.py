@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
+EXIT_DEVICE_LOST = 70
+"""Of a worker whose GPU context is beyond use."""
+
 PATIENCE_S = 5.0
 """A process that has not ended so long after being killed waits for a dead disk or server."""
 
@@ -116,6 +119,8 @@ class WorkerProcess:
             self.kill()
             return "it closed its streams"
         code = self._process.returncode
+        if code == EXIT_DEVICE_LOST:
+            return "it lost its device"
         if code >= 0:
             return f"it ended with exit code {code}"
         try:

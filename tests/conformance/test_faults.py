@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from medmamba.bundle import save_bundle
 
@@ -37,6 +39,30 @@ def giant_header(folder: Path) -> None:
     rehash(folder)
 
 
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+    rehash(folder)
+
+
+def rename_one(state: dict[str, torch.Tensor]) -> None:
+    state["stranger"] = state.pop(next(iter(state)))
+
+
+def drop_one(state: dict[str, torch.Tensor]) -> None:
+    del state[next(iter(state))]
+
+
+def reshape_one(state: dict[str, torch.Tensor]) -> None:
+    name = max(state, key=lambda key: state[key].numel())
+    state[name] = state[name].flatten()[:-1].clone()
+
+
+def spoil_one(state: dict[str, torch.Tensor]) -> None:
+    next(iter(state.values())).view(-1)[0] = torch.nan
+
+
 def no_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
@@ -45,6 +71,22 @@ MODELS = [
     ("F1 flipped byte", flip_weights, 7, "E_MODEL_HASH"),
     ("F2 truncated", cut_weights, 3, "weights"),
     ("F2 giant header", giant_header, 3, "header"),
+    ("F4 unknown tensor", lambda folder: change_weights(folder, rename_one), 3, "stranger"),
+    ("F4 missing tensor", lambda folder: change_weights(folder, drop_one), 3, "weights"),
+    ("F4 other shape", lambda folder: change_weights(folder, reshape_one), 3, "shape"),
+    ("F4 NaN", lambda folder: change_weights(folder, spoil_one), 3, "finite"),
+    (
+        "F5 newer",
+        lambda folder: change_manifest(folder, lambda m: m.update(schema_version=99)),
+        3,
+        "99",
+    ),
+    (
+        "F5 label count",
+        lambda folder: change_manifest(folder, lambda m: m["labels"].pop()),
+        3,
+        "labels",
+    ),
     ("F5 unknown key", lambda folder: change_manifest(folder, lambda m: m.update(zz=1)), 3, "zz"),
     ("F7 fold missing", no_weights, 3, "fold_0.safetensors"),
 ]

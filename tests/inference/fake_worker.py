@@ -26,6 +26,8 @@ def misbehave(orders: dict[str, str], mark: float) -> None:
         time.sleep(3600)
     elif order == "exit":
         os._exit(3)
+    elif order == "device":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     elif order == "memory":
         raise MemoryError
     elif order.startswith("slow"):

@@ -159,6 +159,16 @@ def test_host_memory_running_out_is_tried_once_more_alone(tmp_path: Path) -> Non
     assert len(run.records) == 4
 
 
+@pytest.mark.slow
+def test_a_worker_that_lost_its_device_is_replaced(tmp_path: Path) -> None:
+    starts: list[int] = []
+    run = run_fake(tmp_path, orders={"1": "once device", "2": "device"}, starts=starts)
+    assert statuses(run) == {"a": "ok", "b": "ok", "c": "E_WORKER_DIED", "d": "ok"}
+    (error,) = [record.error for record in run.records if record.error]
+    assert "lost its device" in error.message
+    assert len(starts) > 2
+
+
 @pytest.mark.parametrize(
     ("order", "kind", "text"),
     [
