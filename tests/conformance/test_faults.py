@@ -43,7 +43,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     state = load_file(folder / WEIGHTS)
     change(state)
     save_file(state, folder / WEIGHTS)
-    rehash(folder)
+    size = (folder / WEIGHTS).stat().st_size
+    change_manifest(folder, lambda manifest: manifest["weights"][0].update(size_bytes=size))
 
 
 def rename_one(state: dict[str, torch.Tensor]) -> None:
@@ -74,7 +75,7 @@ MODELS = [
     ("F4 unknown tensor", lambda folder: change_weights(folder, rename_one), 3, "stranger"),
     ("F4 missing tensor", lambda folder: change_weights(folder, drop_one), 3, "weights"),
     ("F4 other shape", lambda folder: change_weights(folder, reshape_one), 3, "shape"),
-    ("F4 NaN", lambda folder: change_weights(folder, spoil_one), 3, "finite"),
+    ("F4 NaN", lambda folder: change_weights(folder, spoil_one), 3, "NaN"),
     (
         "F5 newer",
         lambda folder: change_manifest(folder, lambda m: m.update(schema_version=99)),
