@@ -157,6 +157,13 @@ def predict(
             help="Write names and colours of labels as these viewers load them, into OUT.",
         ),
     ] = "",
+    cpu_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-cpu-fallback",
+            help="Compute cases on the CPU that the GPU has no memory for; takes long.",
+        ),
+    ] = False,
     report: Annotated[
         bool,
         typer.Option("--report/--no-report", help="Write a page with pictures of every case."),
@@ -241,6 +248,7 @@ def predict(
             grace_s=grace,
             supervised=not in_process,
             save_probabilities=kept,
+            cpu_fallback=cpu_fallback,
             labels_for=[viewer for viewer in labels_for.split(",") if viewer],
             report=report,
             metrics=metrics,

@@ -6,6 +6,7 @@ precision, flips. What it does when memory runs out is the ladder of ``_LADDER``
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ from medmamba.volume import Grid, Volume
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,6 +53,7 @@ class PredictionSettings:
         step: largest distance of neighbouring tiles, in patches.
         compat: round as nnU-Net does (fp16 sums and logits).
         reuse_constant: compute tiles of one single value, such as air, once per value.
+        cpu_fallback: compute a case on the CPU where the device's memory is too small for it.
         features: channels at the highest resolution, from which the tile batch follows.
     """
 
@@ -59,16 +63,18 @@ class PredictionSettings:
     step: float = 0.5
     compat: bool = False
     reuse_constant: bool = True
+    cpu_fallback: bool = False
     features: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rung:
-    """One step of the ladder: where to add tiles up, and whether to run them one by one."""
+    """One step of the ladder: where to compute and add tiles up, and whether one by one."""
 
     accumulate_on_host: bool
     single: bool
     name: str
+    on_cpu: bool = False
 
 
 _LADDER = (
@@ -76,6 +82,10 @@ _LADDER = (
     _Rung(accumulate_on_host=True, single=False, name="accumulated in host memory"),
     _Rung(accumulate_on_host=True, single=True, name="accumulated in host memory, one tile a pass"),
 )
+
+
+_ON_CPU = _Rung(accumulate_on_host=True, single=True, on_cpu=True, name="computed on the CPU")
+"""The last step, for those who allow it: it takes long, and may differ in the last digits."""
 
 
 @dataclass
@@ -316,14 +326,15 @@ class Predictor:
         on_tiles: TileProgress | None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Planes from ``reached`` on, with less and less memory: the same numbers on every rung."""
-        for rung in _LADDER:
-            stream = self._stream(source, precision, rung, on_tiles)
+        for rung in (*_LADDER, *([_ON_CPU] if self.settings.cpu_fallback else [])):
             try:
-                for start, planes in stream:
-                    fresh = planes[:, max(0, reached - start) :]
-                    if fresh.shape[1]:
-                        reached = start + planes.shape[1]
-                        yield reached - fresh.shape[1], fresh.to("cpu")
+                with self._networks_on(rung):
+                    stream = self._stream(source, precision, rung, on_tiles)
+                    for start, planes in stream:
+                        fresh = planes[:, max(0, reached - start) :]
+                        if fresh.shape[1]:
+                            reached = start + planes.shape[1]
+                            yield reached - fresh.shape[1], fresh.to("cpu")
             except torch.OutOfMemoryError:
                 logger.warning(
                     "out of memory on %s (%s)", self.settings.device, rung.name or "plain"
@@ -335,9 +346,24 @@ class Predictor:
             return
         raise EnvironmentFault(
             f"device {self.settings.device}: too little memory for one patch of "
-            f"{self._grid.patch_size}. Use a device with more memory, or the CPU.",
+            f"{self._grid.patch_size}. Use a device with more memory, or the CPU "
+            "(--allow-cpu-fallback for cases like this).",
             code="E_MEM_GPU",
         )
+
+    @contextmanager
+    def _networks_on(self, rung: _Rung) -> Iterator[None]:
+        """Have the networks where a rung needs them, and bring them back for the next case."""
+        if not rung.on_cpu:
+            yield
+            return
+        try:
+            for network in self._networks:
+                network.to(CPU)
+            yield
+        finally:
+            for network in self._networks:
+                network.to(self.settings.device)
 
     def _stream(
         self, source: TileSource, precision: str, rung: _Rung, on_tiles: TileProgress | None
@@ -351,9 +377,9 @@ class Predictor:
             step=settings.step,
             tile_batch=1 if rung.single else self.tile_batch,
             compat=settings.compat,
-            autocast=AUTOCAST[precision],
-            device=settings.device,
-            accumulate_on=torch.device("cpu") if rung.accumulate_on_host else settings.device,
+            autocast=None if rung.on_cpu else AUTOCAST[precision],
+            device=CPU if rung.on_cpu else settings.device,
+            accumulate_on=CPU if rung.accumulate_on_host else settings.device,
             on_tiles=on_tiles,
             reuse_constant=settings.reuse_constant,
         )

@@ -102,6 +102,7 @@ def predict(
     split: bool = False,
     save_probabilities: Literal["none", "float16", "uint8"] = "none",
     labels_for: Sequence[str] = (),
+    cpu_fallback: bool = False,
     report: bool = True,
     gate: Gate = DEFAULT_GATE,
     max_ram_bytes: int | None = None,
@@ -136,6 +137,7 @@ def predict(
         grace_s: after a signal, a case that needs no longer than this is finished.
         supervised: run the model in a child process, whose death costs no more than a case.
         save_probabilities: keep what labels are decided by, ``CASE_prob.b2nd``, in this form.
+        cpu_fallback: compute cases on the CPU that the device has no memory for.
         labels_for: viewers, ``slicer`` or ``itksnap``, that get a file of names and colours.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
         report: write ``run/<run>/report.html``, a page with pictures of every case.
@@ -167,7 +169,7 @@ def predict(
     options: dict[str, Any] = {
         "mirror": mirror, "step": step, "precision": precision, "device": device,
         "compat": compat, "workers": workers, "probabilities": save_probabilities,
-        "reuse_constant": not gate.strict,
+        "reuse_constant": not gate.strict, "cpu_fallback": cpu_fallback,
     }  # fmt: skip
     with (
         drain_on_signals(grace_s) as drain,

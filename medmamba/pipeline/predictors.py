@@ -29,18 +29,20 @@ def make_predictor(
     compat: bool = False,
     workers: int | None = None,
     reuse_constant: bool = True,
+    cpu_fallback: bool = False,
     probabilities: "ProbabilityKind" = "none",
 ) -> "EnsemblePredictor":
     """Load the networks of a bundle onto a device, all members; arguments as of ``predict``.
 
-    ``reuse_constant`` computes tiles of one single value once.
+    ``reuse_constant`` computes tiles of one single value once; ``cpu_fallback`` lets a case that
+    the device has no memory for be computed on the CPU.
     """
     from medmamba.inference.ensemble import EnsemblePredictor
 
     members = [
         _member(
             model, mirror=mirror, step=step, precision=precision, device=device, compat=compat,
-            workers=workers, reuse_constant=reuse_constant,
+            workers=workers, reuse_constant=reuse_constant, cpu_fallback=cpu_fallback,
         )
         for model in bundle.models
     ]  # fmt: skip
@@ -64,6 +66,7 @@ def _member(
     compat: bool,
     workers: int | None,
     reuse_constant: bool,
+    cpu_fallback: bool,
 ) -> "Predictor":
     import torch
 
@@ -78,7 +81,12 @@ def _member(
         precision = "fp32"
     chosen = choose_precision(chosen_device, precision)
     stages = _Stages(
-        bundle, device=chosen_device, step=step, compat=compat, reuse_constant=reuse_constant
+        bundle,
+        device=chosen_device,
+        step=step,
+        compat=compat,
+        reuse_constant=reuse_constant,
+        cpu_fallback=cpu_fallback,
     )
     if chosen == "fp32":
         return stages.predictor("fp32", mirror=mirror)

@@ -104,6 +104,38 @@ def test_the_ladder_gives_the_same_labels_with_less_memory(failures: int) -> Non
     torch.testing.assert_close(predictor(Hungry()).logits(prepared), calm.logits(prepared))
 
 
+class Hungry(Bright):
+    """Has memory on no device, until ``failures`` passes were tried."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+        self.moves: list[str] = []
+
+    def _apply(self, fn, recurse=True):
+        self.moves.append(str(fn(torch.zeros(1)).device))
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise torch.OutOfMemoryError("fake device is full")
+        return super().forward(x)
+
+
+def test_the_cpu_is_the_last_step_only_where_it_is_allowed() -> None:
+    image = ball((8, 8, 8), (1.0, 1.0, 1.0))
+    with pytest.raises(EnvironmentFault, match="allow-cpu-fallback"):
+        predictor(Hungry(3)).predict(image)
+    network = Hungry(3)
+    patient = predictor(network, cpu_fallback=True)
+    moves = len(network.moves)
+    found = patient.restore(patient.infer(patient.prepare(image)))
+    assert found.fallbacks == ("computed on the CPU",)
+    assert len(network.moves) == moves + 2  # there and back, for the next case
+    np.testing.assert_array_equal(found.labels, predictor(Bright()).predict(image))
+
+
 def test_too_little_memory_for_anything_is_an_environment_fault() -> None:
     class Starving(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
