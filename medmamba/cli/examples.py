@@ -47,6 +47,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "Every phase of mixed DICOM series",
             "predict -i studies -o masks -m model --split-acquisitions",
         ),
+        (
+            "BIDS in, a BIDS derivative out",
+            "predict -i bids -o bids/derivatives/masks -m model --bids-suffix T1w --layout bids",
+        ),
         ("A summary for a script", "predict -i images -o masks -m model --json"),
     ),
     "index": (

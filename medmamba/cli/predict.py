@@ -30,6 +30,8 @@ Overwrite = Literal["never", "stale", "always"]
 OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
 FailOn = Literal["any", "all", "never"]
 Probabilities = Literal["none", "float16", "uint8"]
+Layout = Literal["plain", "bids"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PROBABILITIES: tuple[Probabilities, ...] = get_args(Probabilities)
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 
@@ -200,6 +202,22 @@ def predict(
             "--address", help="Of the Ray cluster (default: this machine's); local starts one."
         ),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            metavar="plain|bids",
+            help="bids: masks as a BIDS derivative, records in OUT/medmamba.",
+        ),
+    ] = "plain",
+    bids_suffix: Annotated[
+        str,
+        typer.Option(
+            "--bids-suffix",
+            metavar="T1w[,...]",
+            help="Images of a BIDS folder, one a channel (default: as the model names them).",
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -212,6 +230,7 @@ def predict(
     """
     check_choice("--overwrite", overwrite, OVERWRITE)
     failing = check_choice("--fail-on", fail_on, FAIL_ON)
+    chosen_layout = check_choice("--layout", layout, LAYOUTS)
     kept = next((kind for kind in PROBABILITIES if kind == save_probabilities), None)
     if kept is None:
         raise UsageError(
@@ -223,6 +242,7 @@ def predict(
     shared: dict[str, Any] = {
         "overwrite": overwrite, "shard": shard, "split": split, "root": root,
         "follow_links": follow_links,
+        "bids_suffixes": [part.strip() for part in bids_suffix.split(",") if part.strip()],
         "gate": gate_of(strict=strict, assume_identity=assume_identity, max_voxels=max_voxels),
         "max_ram_bytes": None if max_ram is None else parse_size(max_ram),
     }  # fmt: skip
@@ -251,6 +271,7 @@ def predict(
             cpu_fallback=cpu_fallback,
             labels_for=[viewer for viewer in labels_for.split(",") if viewer],
             report=report,
+            layout=chosen_layout,
             metrics=metrics,
             engine=engine,
             address=address,

@@ -8,10 +8,11 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medmamba.dataset.bids import find_bids_cases, is_bids
 from medmamba.dataset.case import Case
 from medmamba.dataset.lists import LIST_SUFFIXES, Row, read_rows
 from medmamba.errors import InputError, UsageError
@@ -78,17 +79,19 @@ def find_cases(
     file_ending: str | None = None,
     root: Path | None = None,
     follow_links: bool = False,
+    modalities: Sequence[str] = (),
 ) -> CaseListing:
     """List the cases of a file, a folder, or a list file (.txt, .csv, .json, .jsonl).
 
     Args:
         source: an image; a folder with ``CASE_0000`` names, or any names where a case is one file;
-            a DICOM series (folder, archive or file) or a folder of them; or a list.
+            a DICOM series (folder, archive or file) or a folder of them; a BIDS folder; or a list.
         channels: files per case that the model needs.
         file_ending: only files of this format; None for any.
         root: folder that the paths of a list are relative to and must not leave; the list's own
             when None.
         follow_links: accept paths that leave the folder.
+        modalities: suffixes of the images of a BIDS folder, or what the model calls its channels.
 
     Raises:
         UsageError: the path does not exist, holds no image, or the list cannot be understood.
@@ -100,6 +103,8 @@ def find_cases(
     if source.is_dir():
         paths, ignored = _image_entries(source, file_ending)
         candidates = [*_group(paths, channels), *_dicom_cases(source)]
+        if not candidates and is_bids(source):
+            candidates = list(_bids_cases(source, modalities, channels))
         boundary = source
     elif not os.path.lexists(source):
         raise UsageError(f"{source}: does not exist. Give an image, a folder or a list file.")
@@ -158,6 +163,15 @@ def _dicom_cases(folder: Path) -> Iterator[Candidate]:
         if (path.is_dir() or path.suffix.lower() == ZIP_SUFFIX) and holds_dicom(path):
             name = path.name if path.is_dir() else path.stem
             yield Candidate(name=name, images=(path,))
+
+
+def _bids_cases(folder: Path, modalities: Sequence[str], channels: int) -> Iterator[Candidate]:
+    for case in find_bids_cases(folder, modalities, channels):
+        problem = None
+        if case.problem:
+            message = f"case {case.name}: has no {case.problem}. Add it, or leave the case out."
+            problem = ("E_CHAN_COUNT", message)
+        yield Candidate(name=case.name, images=case.images, problem=problem)
 
 
 def image_suffix(name: str) -> str:

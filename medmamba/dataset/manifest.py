@@ -6,7 +6,7 @@ it twice; for a name that takes eight bytes. Files are looked at when their turn
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,7 @@ def open_cases(
     follow_links: bool = False,
     stream: bool = True,
     apart_from: Path | None = None,
+    modalities: Sequence[str] = (),
 ) -> CaseListing | CaseStream:
     """Find the cases behind a path, as a stream where that is possible (and ``stream`` is set).
 
@@ -103,8 +104,9 @@ def open_cases(
             apart_from=apart_from,
         )  # fmt: skip
     listing = find_cases(
-        source, channels=channels, file_ending=file_ending, root=root, follow_links=follow_links
-    )
+        source, channels=channels, file_ending=file_ending, root=root, follow_links=follow_links,
+        modalities=modalities,
+    )  # fmt: skip
     return listing if shard is None else shard.of(listing)
 
 

@@ -24,6 +24,8 @@ from medmamba.preprocessing.confidence import Confidence
 from medmamba.volume import Geometry
 
 RECORD_VERSION = 1
+BIDS_RECORDS = "medmamba"
+"""Folder of masks, records and runs in an output that is laid out as BIDS."""
 
 Status = Literal["ok", "ok_with_warnings", "rejected", "failed", "skipped"]
 """``skipped`` is never stored: it says of a run that the stored record still held."""
@@ -241,6 +243,12 @@ def work_key(
     """Return the hash of everything a mask follows from; names of files do not count."""
     contents = [identity.sha256 for identity in inputs]
     return hash_values([contents, model.sha256, parameters, __version__])
+
+
+def records_folder(folder: Path) -> Path:
+    """Where the records of an output folder are: in it, or in a part of it if laid out as BIDS."""
+    inner = folder / BIDS_RECORDS
+    return inner if (folder / "dataset_description.json").is_file() and inner.is_dir() else folder
 
 
 def read_record(path: Path) -> CommitRecord | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from medmamba.errors import UsageError
 from medmamba.files import RECORD_CONFIG
-from medmamba.inference.records import CommitRecord, read_record, still_holds
+from medmamba.inference.records import CommitRecord, read_record, records_folder, still_holds
 from medmamba.io import FORMATS
 
 State = Literal["holds", "no_mask", "missing", "changed", "unclaimed", "unreadable"]
@@ -45,6 +45,7 @@ def verify_output(folder: Path) -> tuple[OutputState, ...]:
         UsageError: there is no folder, or no record in it.
     """
     # What begins with a dot is a file that a killed run was writing; the next run removes it.
+    folder = records_folder(folder)
     paths = sorted(folder.glob("[!.]*.json")) if folder.is_dir() else []
     if not paths:
         raise UsageError(

@@ -57,7 +57,7 @@ def check(
         names, ending = bundle.manifest.channels, bundle.plan.file_ending or None
         channels = len(names)
         dimension = bundle.configuration.grid.dimension
-    listing = find_cases(Path(images), channels=channels, file_ending=ending)
+    listing = find_cases(Path(images), channels=channels, file_ending=ending, modalities=names)
     judged = [
         _check_files(case, gate)
         if model is None

@@ -1,6 +1,6 @@
 """dry_run(): what ``predict`` would do, without doing it. The gate judges every file; no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +13,13 @@ from medmamba.dataset.shards import parse_shard
 from medmamba.errors import MedMambaError
 from medmamba.files import RECORD_CONFIG
 from medmamba.inference.casework import mask_suffix
-from medmamba.inference.records import CommitRecord, identify, read_record, still_holds
+from medmamba.inference.records import (
+    CommitRecord,
+    identify,
+    read_record,
+    records_folder,
+    still_holds,
+)
 from medmamba.io import DEFAULT_GATE, Gate, SourceHeader, read_header
 from medmamba.pipeline.checking import check_case
 from medmamba.pipeline.predicting import open_work
@@ -66,6 +72,7 @@ def dry_run(
     split: bool = False,
     gate: Gate = DEFAULT_GATE,
     max_ram_bytes: int | None = None,
+    bids_suffixes: Sequence[str] = (),
 ) -> tuple[PlannedCase, ...]:
     """Say what ``predict`` would do with each case; nothing is written and no weights are loaded.
 
@@ -83,6 +90,7 @@ def dry_run(
         split: make every acquisition of a DICOM series a case of its own.
         gate: limits and permissions of reading.
         max_ram_bytes: reject a case that takes more memory; what is free now when None.
+        bids_suffixes: which images of a BIDS folder are meant.
 
     Raises:
         BundleError, SecurityError: the model cannot be used or trusted.
@@ -92,7 +100,7 @@ def dry_run(
     share = None if shard is None else parse_shard(shard)
     work = open_work(
         bundle, Path(images), Path(output), root=root, share=share, follow_links=follow_links,
-        split=split,
+        split=split, bids_suffixes=bids_suffixes,
     )  # fmt: skip
     budget = max_ram_bytes or available_bytes()
     listed: Iterable[Case | Rejection] = (
@@ -101,7 +109,9 @@ def dry_run(
     planned = [
         PlannedCase(case_id=item.id, decision="reject", reason=f"{item.code}: {item.message}")
         if isinstance(item, Rejection)
-        else _plan(item, Path(output), bundle, overwrite, gate=gate, budget_bytes=budget)
+        else _plan(
+            item, records_folder(Path(output)), bundle, overwrite, gate=gate, budget_bytes=budget
+        )
         for item in listed
     ]
     return tuple(sorted(planned, key=lambda item: item.case_id))

@@ -18,6 +18,7 @@ from medmamba.inference.overlap import Work
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.dicom_seg import SegmentLabel
 from medmamba.io.viewer_labels import ViewerLabel, write_viewer_labels
+from medmamba.pipeline.bids_layout import BidsLayout
 from medmamba.pipeline.cluster import ENGINES, Engine
 from medmamba.pipeline.predictors import describe_settings, make_predictor
 from medmamba.pipeline.run_report import report_run
@@ -110,6 +111,8 @@ def predict(
     engine: Engine | str = "local",
     address: str | None = None,
     incoming: Callable[[Bundle], Iterable[Work]] | None = None,
+    layout: Literal["plain", "bids"] = "plain",
+    bids_suffixes: Sequence[str] = (),
     on_case: "OnCase | None" = None,
     on_message: Callable[[str], None] | None = None,
     on_event: "OnEvent | None" = None,
@@ -147,6 +150,9 @@ def predict(
         engine: ``ray`` predicts on all machines of a Ray cluster.
         address: of the cluster; None for the one this machine belongs to, ``local`` for a new one.
         incoming: gives a stream of cases instead of those behind ``images``; it may have no end.
+        layout: ``bids`` shows the masks as a BIDS derivative; records are in ``medmamba/`` then.
+        bids_suffixes: which images of a BIDS folder are meant, one per channel, such as ``T1w``;
+            by the names of the model's channels when empty.
         on_case: called per finished case.
         on_message: called with what was chosen and why.
         on_event: called with every event of the journal, and with progress within cases.
@@ -186,11 +192,16 @@ def predict(
         else:
             work = open_work(
                 bundle, Path(images), Path(output), root=root, share=share,
-                follow_links=follow_links, split=split,
+                follow_links=follow_links, split=split, bids_suffixes=bids_suffixes,
             )  # fmt: skip
             total, cases = work.total, work if isinstance(work, CaseStream) else work.cases
             rejected = () if isinstance(work, CaseStream) else work.rejected
         folder = require_writable_folder(Path(output))
+        if layout == "bids":
+            tree = BidsLayout(folder, bundle.manifest, Path(images))
+            tree.begin()
+            folder = tree.records
+            on_decided = _placing(tree, on_decided)
         write_viewer_labels(folder, viewer_labels(bundle), labels_for)
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
         books: dict[str, Any] = {
@@ -243,6 +254,7 @@ def open_work(
     share: Shard | None = None,
     follow_links: bool = False,
     split: bool = False,
+    bids_suffixes: Sequence[str] = (),
 ) -> CaseListing | CaseStream:
     """List or stream the cases that a model is asked to predict; arguments as of ``predict``."""
     work = open_cases(
@@ -254,6 +266,7 @@ def open_work(
         follow_links=follow_links,
         stream=not split,
         apart_from=output,
+        modalities=bids_suffixes or bundle.manifest.channels,
     )
     return split_acquisitions(work) if split and isinstance(work, CaseListing) else work
 
@@ -325,6 +338,15 @@ def reported(on_case: "OnCase | None", metrics: Path | str | None) -> "Iterator[
         yield report
     finally:
         figures.close()
+
+
+def _placing(tree: BidsLayout, on_case: "OnCase | None") -> "OnCase":
+    def place(record: "CommitRecord", done: int, total: int, remaining_s: float) -> None:
+        tree.place(record)
+        if on_case is not None:
+            on_case(record, done, total, remaining_s)
+
+    return place
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from medmamba.dataset import Case, find_cases
 from medmamba.errors import UsageError
 from medmamba.files import to_csv, write_atomic
 from medmamba.inference.journal import SUMMARY_COLUMNS, summary_rows
-from medmamba.inference.records import CommitRecord, read_record
+from medmamba.inference.records import CommitRecord, read_record, records_folder
 from medmamba.reporting.entries import Entry, LabelLine, make_entries
 from medmamba.reporting.template import PAGE, SCRIPT, SCRIPT_HASH, STYLE
 
@@ -54,6 +54,7 @@ def write_report(
         UsageError: the folder holds no record.
         EnvironmentFault: the folder cannot be written.
     """
+    folder = records_folder(folder)
     records = [
         record
         for path in sorted(folder.glob("*.json"))
