@@ -1,4 +1,7 @@
-"""Starts a Ray cluster of two one-core machines, prints its address and runs until stdin closes."""
+"""Starts a Ray cluster of two one-core machines, prints its address and runs until stdin closes.
+
+A line on stdin takes one machine away.
+"""
 
 import os
 import sys
@@ -16,11 +19,11 @@ def main() -> None:
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, **store},
     )
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, **store)
+    nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
     sys.stdout.write(f"{cluster.address}\n")
     sys.stdout.flush()
-    sys.stdin.read()
+    for _ in sys.stdin:  # a line takes a machine away, as a cut cable does
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
     cluster.shutdown()
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,23 @@ ENVIRONMENT = {
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@contextmanager
+def running_cluster() -> Iterator[tuple[subprocess.Popen, str]]:
     pytest.importorskip("ray")
     process = subprocess.Popen(
         [sys.executable, str(HERE / "ray_cluster.py")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=ENVIRONMENT,
     )  # fmt: skip
-    yield process.stdout.readline().strip()
+    yield process, process.stdout.readline().strip()
     process.stdin.close()
     process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with running_cluster() as (_, place):
+        yield place
 
 
 def start(address: str, place: Path, *, seconds: float, workers: int = 2) -> subprocess.Popen:
@@ -161,6 +168,23 @@ def test_two_workers_do_nearly_twice_as_much(address, tmp_path) -> None:
         assert found["counts"] == {"ok": 40}
         spent[workers] = found["spent_s"]
     assert spent[1] >= 1.8 * spent[2], spent
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_costs_nothing(tmp_path) -> None:
+    images(tmp_path, 60)
+    with running_cluster() as (cluster, address):
+        driver = start(address, tmp_path, seconds=0.3)
+        while len(list((tmp_path / "out").glob("c*.json"))) < 10:
+            assert driver.poll() is None
+            time.sleep(0.1)
+        cluster.stdin.write("lose one\n")
+        cluster.stdin.flush()
+        found = outcome(driver)
+    assert found["exit_code"] == 0
+    assert sum(found["counts"].values()) == 60
+    assert len(hashes(tmp_path / "out")) == 60
+    assert [event for event in journal(tmp_path) if event["event"] == "worker_died"]
 
 
 def test_a_worker_that_differs_from_the_driver_is_refused(tmp_path) -> None:
