@@ -14,6 +14,7 @@ import yaml
 from typer.main import get_command
 
 from medmamba.cli.app import app
+from medmamba.dataset.shards import Shard, parse_shard
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
@@ -55,9 +56,10 @@ def test_the_kubernetes_job_runs_hardened_and_shares_the_cases_out() -> None:
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
     }
-    arguments = [text.replace("$(JOB_COMPLETION_INDEX)", "0") for text in container["args"]]
+    arguments = container["args"]
     understood(arguments)
-    assert arguments[arguments.index("--shard") + 1] == f"0/{job['completions']}"
+    shard = parse_shard(arguments[arguments.index("--shard") + 1], {"JOB_COMPLETION_INDEX": "3"})
+    assert shard == Shard(index=3, count=job["completions"])
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
@@ -69,7 +71,21 @@ def test_the_slurm_array_parses_and_calls_a_command_that_exists() -> None:
     understood(shlex.split(line))
 
 
-@pytest.mark.parametrize("name", ["check.sh", "entrypoint.sh"])
+def test_the_compose_service_watches_hardened() -> None:
+    (service,) = load("compose.yaml")["services"].values()
+    assert service["read_only"] is True
+    assert service["network_mode"] == "none"
+    assert service["cap_drop"] == ["ALL"]
+    assert service["user"] == "${MEDMAMBA_USER:-10001:10001}"
+    assert service["healthcheck"]["test"][:2] == ["CMD", "medmamba"]
+    understood(service["healthcheck"]["test"][2:])
+    command = [text.replace("${MEDMAMBA_SETTLE:-10}", "10") for text in service["command"]]
+    understood(command)
+    writable = {entry["target"] for entry in service["volumes"] if not entry.get("read_only")}
+    assert writable == {command[2]} == {"/out"}
+
+
+@pytest.mark.parametrize("name", ["check.sh", "entrypoint.sh", "slurm_check.sh"])
 def test_scripts_of_the_image_parse(name: str) -> None:
     subprocess.run(["bash", "-n", DOCKER / name], check=True)
 
