@@ -87,7 +87,9 @@ def make_table(
     """Build a table whose columns from ``right_from`` on are right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index >= right_from else "left")
+        table.add_column(
+            column, justify="right" if index >= right_from else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     return table

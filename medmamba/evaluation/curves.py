@@ -9,7 +9,13 @@ from medmamba.files import replace_atomic
 COLOURS = {"training": "#1f5a94", "validation": "#d1602b", "smoothed": "#222222"}
 
 
-def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+MARKED_EPOCHS = 60
+"""Points are marked up to this many epochs; beyond it they would merge into a band."""
+
+CLASSES_SHOWN = 8
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:
     """Draw the epochs among the rows of a ``log.jsonl`` as a PNG; nothing without epochs.
 
     Raises:
@@ -23,39 +29,55 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure  # noqa: TID251
     from matplotlib.ticker import MaxNLocator  # noqa: TID251
 
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     loss, dice, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
     number = [row["epoch"] + 1 for row in epochs]
-
-    def values(key: str) -> list[float]:
-        return [float("nan") if row.get(key) is None else float(row[key]) for row in epochs]
-
-    style = {"marker": ".", "linewidth": 1.5}
-    loss.plot(number, values("loss"), label="training", color=COLOURS["training"], **style)
-    loss.plot(
-        number, values("validation_loss"), label="validation", color=COLOURS["validation"], **style
-    )
+    style = {"marker": "." if len(epochs) <= MARKED_EPOCHS else "", "linewidth": 1.5}
+    for key, label in (("loss", "training"), ("validation_loss", "validation")):
+        loss.plot(number, _values(epochs, key), label=label, color=COLOURS[label], **style)
     loss.set_ylabel("loss")
-    _plot_classes(dice, number, epochs)
-    dice.plot(number, values("ema_dice"), label="smoothed mean", color=COLOURS["smoothed"], lw=2.5)
-    dice.set_ylabel("validation Dice (patches)")
-    dice.set_ylim(0, 1)
-    rate.plot(number, values("learning_rate"), color=COLOURS["training"], **style)
+    _plot_dice(dice, number, epochs, marker=style["marker"])
+    rate.plot(number, _values(epochs, "learning_rate"), color=COLOURS["training"], **style)
     rate.set_ylabel("learning rate")
+    rate.set_ylim(bottom=0)
     rate.set_xlabel("epoch")
-    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Epochs are whole; one alone still needs an axis.
+    rate.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
+    rate.set_xlim(min(number) - 0.5, max(number) + 0.5)
+    loss.set_title(title, loc="left", fontsize=11)
     for axes in (loss, dice):
-        axes.legend(loc="best", frameon=False, fontsize=9)
+        # Beside the axes, where no curve ever is.
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     for axes in (loss, dice, rate):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     replace_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
-def _plot_classes(axes: Any, number: list[int], epochs: Sequence[Mapping[str, Any]]) -> None:
+def _values(epochs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [float("nan") if row.get(key) is None else float(row[key]) for row in epochs]
+
+
+def _plot_dice(
+    axes: Any, number: list[int], epochs: Sequence[Mapping[str, Any]], *, marker: str | float
+) -> None:
     names = list(epochs[-1].get("dice_per_class") or {})
-    for name in names[:8]:
-        line = [(row.get("dice_per_class") or {}).get(name) for row in epochs]
-        clean = [float("nan") if value is None else value for value in line]
-        axes.plot(number, clean, label=name, alpha=0.6, linewidth=1, marker=".")
+    for name in names[:CLASSES_SHOWN]:
+        line = _values([row.get("dice_per_class") or {} for row in epochs], name)
+        axes.plot(number, line, label=name, alpha=0.6, linewidth=1, marker=marker)
+    mean, smoothed = _values(epochs, "dice"), _values(epochs, "ema_dice")
+    axes.plot(number, mean, label="mean", color=COLOURS["smoothed"], linewidth=2)
+    axes.plot(
+        number, smoothed, label="mean, smoothed", color=COLOURS["smoothed"], lw=1.2, ls="--"
+    )  # fmt: skip
+    known = [(value, where) for value, where in zip(mean, number, strict=True) if value == value]
+    if known:
+        best, where = max(known)
+        axes.plot([where], [best], "o", ms=6, mfc="none", color=COLOURS["validation"],
+                  label=f"best mean {best:.3f}\n(epoch {where})")  # fmt: skip
+    axes.set_ylabel("validation Dice (patches)")
+    axes.set_ylim(0, 1)
+    if len(names) > CLASSES_SHOWN:
+        axes.text(1.01, 0.0, f"{len(names) - CLASSES_SHOWN} more classes\nin log.jsonl",
+                  transform=axes.transAxes, fontsize=8, va="bottom")  # fmt: skip

@@ -61,11 +61,6 @@ class CaseScores:
     prediction_file: str
     labels: dict[str, LabelScores]
 
-    @property
-    def foreground_dice(self) -> float:
-        """Mean over labels that reference or mask has; NaN where neither has any."""
-        return _mean([scores.metrics()["Dice"] for scores in self.labels.values()])
-
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRow:

@@ -458,7 +458,8 @@ class FoldRun:
         self._curves_at = now
         self.log.sync()
         folder = self.setup.run_folder
-        plot_curves(read_log(folder / LOG), folder / CURVES)
+        title = f"{self.setup.network.name}, {'/'.join(folder.parts[-2:])}"
+        plot_curves(read_log(folder / LOG), folder / CURVES, title=title)
 
     def result(self) -> TrainingResult:
         state = self.state
