@@ -10,6 +10,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from foreign_checkpoints import CONFIGURATION as PRESENT
+from foreign_checkpoints import DATASET
+from foreign_checkpoints import PLANS as PRESENT_PLANS
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,15 +23,7 @@ from medmamba.interop.official import build, official_state
 
 LIGHTM = {"spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2}
 
-CONFIGURATION = {
-    "data_identifier": "nnUNetPlans_3d_fullres",
-    "preprocessor_name": "DefaultPreprocessor",
-    "batch_size": 2,
-    "patch_size": [16, 16, 16],
-    "median_image_size_in_voxels": [20.0, 20.0, 20.0],
-    "spacing": [1.0, 1.0, 1.0],
-    "normalization_schemes": ["ZScoreNormalization"],
-    "use_mask_for_norm": [False],
+OLD_ARCHITECTURE = {
     "UNet_class_name": "PlainConvUNet",
     "UNet_base_num_features": 32,
     "n_conv_per_stage_encoder": [2, 2, 2],
@@ -37,36 +32,11 @@ CONFIGURATION = {
     "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
     "conv_kernel_sizes": [[3, 3, 3]] * 3,
     "unet_max_num_features": 320,
-    "resampling_fn_data": "resample_data_or_seg_to_shape",
-    "resampling_fn_seg": "resample_data_or_seg_to_shape",
-    "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0},
-    "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0},
-    "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
-    "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0},
-    "batch_dice": False,
 }
-INTENSITIES = dict.fromkeys(
-    ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std"), 1.0
-)
-PLANS = {
-    "dataset_name": "Dataset001_Blocks",
-    "plans_name": "nnUNetPlans",
-    "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
-    "original_median_shape_after_transp": [20, 20, 20],
-    "image_reader_writer": "SimpleITKIO",
-    "transpose_forward": [0, 1, 2],
-    "transpose_backward": [0, 1, 2],
-    "configurations": {"3d_fullres": CONFIGURATION},
-    "experiment_planner_used": "ExperimentPlanner",
-    "label_manager": "LabelManager",
-    "foreground_intensity_properties_per_channel": {"0": INTENSITIES},
-}
-DATASET = {
-    "channel_names": {"0": "MRI"},
-    "labels": {"background": 0, "block": 1},
-    "numTraining": 2,
-    "file_ending": ".nii.gz",
-}
+"""How plans of before nnU-Net 2.4 describe a network."""
+
+CONFIGURATION = {k: v for k, v in PRESENT.items() if k != "architecture"} | OLD_ARCHITECTURE
+PLANS = PRESENT_PLANS | {"configurations": {"3d_fullres": CONFIGURATION}}
 
 
 def write_checkpoint(path: Path, **changes: Any) -> nn.Module:
