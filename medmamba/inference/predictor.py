@@ -136,7 +136,8 @@ class Predictor:
         label_map: meaning of the networks' outputs.
         settings: device, precision, flips.
         previous: the first stage of a cascade, whose labels become channels of this one.
-        parity: how reduced precision compared with float32, where it was asked for.
+        parity: how reduced precision compared with float32, where it was tried.
+        fallbacks: what is done differently than asked for, in every case.
     """
 
     def __init__(
@@ -149,9 +150,11 @@ class Predictor:
         settings: PredictionSettings,
         previous: "Predictor | None" = None,
         parity: Parity | None = None,
+        fallbacks: tuple[str, ...] = (),
     ) -> None:
         self._previous = previous
         self.parity = parity
+        self._fallbacks = fallbacks
         self._networks = [network.to(settings.device).eval() for network in networks]
         if settings.device.type == "cpu":
             for network in self._networks:
@@ -233,8 +236,8 @@ class Predictor:
             EnvironmentFault: the device has too little memory even for the smallest step.
             MedMambaError: logits are not finite, in float32 neither.
         """
-        if self.parity is not None and not self.parity.passed:
-            course.note(f"fp32 instead of {self.parity.precision}, which {self.parity}")
+        for fallback in self._fallbacks:
+            course.note(fallback)
         source = self._source(prepared, course)
         reached, precision = 0, self.settings.precision
         while True:

@@ -75,7 +75,7 @@ def _member(
     chosen_device = resolve_device(device)
     if workers is not None:
         torch.set_num_threads(workers)
-    trained = bundle.manifest.precision
+    trained, was_free = bundle.manifest.precision, precision == "auto"
     if precision == "auto" and (trained == "fp32" or not has_native_bf16(chosen_device)):
         # Reduced precision only where the model was trained and validated in it.
         precision = "fp32"
@@ -92,8 +92,11 @@ def _member(
         return stages.predictor("fp32", mirror=mirror)
     parity = stages.parity(chosen)
     if not parity.passed:
-        logger.warning("%s: fp32 instead of %s, which %s", bundle.manifest.name, chosen, parity)
-        chosen = "fp32"
+        reason = f"fp32 instead of {chosen}, which {parity}"
+        logger.warning("%s: %s", bundle.manifest.name, reason)
+        # Who leaves the choice to us gets what was asked for: the fastest that holds.
+        fallbacks = () if was_free else (reason,)
+        return stages.predictor("fp32", mirror=mirror, parity=parity, fallbacks=fallbacks)
     return stages.predictor(chosen, mirror=mirror, parity=parity)
 
 
@@ -117,6 +120,7 @@ class _Stages:
         *,
         mirror: bool,
         parity: "Parity | None" = None,
+        fallbacks: tuple[str, ...] = (),
     ) -> "Predictor":
         """Put the networks to work; the predictors share them."""
         from medmamba.inference.predictor import PredictionSettings, Predictor
@@ -142,7 +146,13 @@ class _Stages:
         first = None
         if self._bundle.previous is not None and self._previous is not None:
             first = stage(self._previous, self._bundle.previous)
-        return stage(self._networks, self._bundle.configuration, previous=first, parity=parity)
+        return stage(
+            self._networks,
+            self._bundle.configuration,
+            previous=first,
+            parity=parity,
+            fallbacks=fallbacks,
+        )
 
     def parity(self, precision: str) -> "Parity":
         """Compare reduced precision with float32 on the synthetic image of the acceptance test."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import medmamba
-from medmamba.bundle import save_bundle
+from medmamba.bundle import load_bundle, save_bundle
 from medmamba.inference.parity import compare_precisions
 from medmamba.inference.predictor import PredictionSettings, Predictor
 from medmamba.labels import LabelMap
 from medmamba.networks import build_network
-from medmamba.pipeline.predictors import check_parity
+from medmamba.pipeline.predictors import check_parity, make_predictor
 from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
+from medmamba.training.precision import has_native_bf16
 from medmamba.volume import Geometry, Grid, Volume
 from tests.test_bundle import tiny_plan
 
@@ -120,3 +122,20 @@ def test_a_model_that_fails_predicts_in_fp32_and_says_so(tmp_path: Path) -> None
     assert "parity" not in records[1]["numerics"]
     assert any("fp32 instead of bf16" in text for text in records[0]["warnings"])
     assert records[0]["output"]["sha256"] == records[1]["output"]["sha256"]
+
+
+def test_a_free_choice_that_ends_in_fp32_is_told_but_no_fallback(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model")
+    bundle = dataclasses.replace(
+        load_bundle(model), manifest=dataclasses.replace(load_bundle(model).manifest,
+        precision="bf16"),
+    )  # fmt: skip
+    if not has_native_bf16(torch.device("cpu")):
+        pytest.skip("no native bf16: auto never tries it")
+    predictor = make_predictor(bundle, device="cpu")
+    assert predictor.settings.precision == "fp32"
+    assert not predictor.numerics()["parity"]["passed"]
+    found = predictor.restore(predictor.infer(predictor.prepare(image())))
+    assert found.fallbacks == ()
+    asked = make_predictor(bundle, device="cpu", precision="bf16")
+    assert asked.restore(asked.infer(asked.prepare(image()))).fallbacks
