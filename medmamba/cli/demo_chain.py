@@ -38,7 +38,13 @@ def run_chain(raw: Path, output: Path, *, network: str, max_time_s: float) -> No
         )  # fmt: skip
     listing, references = write_held_out(held_out, dataset, output / "held_out")
     predicted = medmamba.predict(
-        listing, masks, trained.model, overwrite="always", on_case=print_case, on_message=_say
+        listing,
+        masks,
+        trained.model,
+        root=raw,
+        overwrite="always",
+        on_case=print_case,
+        on_message=_say,
     )
     scores = medmamba.evaluate(
         references, masks, dataset_json=raw / "dataset.json", output=output / "evaluation"
