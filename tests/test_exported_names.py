@@ -14,7 +14,7 @@ def test_every_name_can_be_loaded():
 def test_the_surface_is_pinned():
     assert medmamba.__all__ == [
         "Bundle", "Dataset", "Fingerprint", "Geometry", "Grid", "LabelMap", "MedMambaError", "Plan",
-        "Volume", "__version__", "evaluate", "plan", "predict", "train",
+        "Volume", "__version__", "compare", "evaluate", "plan", "predict", "select", "train",
     ]  # fmt: skip
 
 

@@ -24,7 +24,13 @@ def run_folders(folder: Path) -> list[Path]:
     runs = folder / RUNS_FOLDER
     if not runs.is_dir():
         return []
-    return sorted(path for path in runs.iterdir() if any(path.glob(JOURNALS)))
+    found = [path for path in runs.iterdir() if any(path.glob(JOURNALS))]
+    # Names tell the second; two runs may begin in one.
+    return sorted(found, key=lambda path: (_begun(path), path.name))
+
+
+def _begun(run_folder: Path) -> str:
+    return next((str(event.get("time", "")) for event in events(run_folder)), "")
 
 
 def events(run_folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The door to safetensors, and loading of weights that must fit exactly."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def _save_file(tensors: dict[str, Tensor], path: Path, text: str) -> None:
     try:
         save_file(tensors, path, {METADATA_KEY: text})
     except safetensors.SafetensorError as error:
-        # It is the library's own kind of error even where the disk is full.
-        raise OSError(str(error)) from error
+        # It is the library's own kind of error, which names the system's in its text alone.
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from error
     path.chmod(mode)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from torch import nn
 
@@ -90,6 +91,19 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch) 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_told_from_the_text_of_safetensors(tmp_path: Path, monkeypatch) -> None:
+    def full(*arguments: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("medmamba.networks.weights.save_file", full)
+    with pytest.raises(EnvironmentFault, match=r"the disk is full .* Make room") as caught:
+        save_checkpoint(
+            tmp_path / "c.safetensors", STATE, network=network_of(0), optimizer=None, average=None
+        )
+    assert caught.value.code == "E_IO_NOSPACE"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
 def test_a_disk_that_fills_up_while_writing_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     import resource
@@ -100,7 +114,7 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_previous_checkpoint(tmp_pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(EnvironmentFault, match="free space") as caught:
+        with pytest.raises(EnvironmentFault, match="File too large") as caught:
             save_checkpoint(path, STATE, network=network_of(1), optimizer=None, average=None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
