@@ -26,6 +26,8 @@ build: ## rebuild the native scan kernel and the installed presets
 demo: setup ## plan, train, predict and evaluate on real brain MRI (under 10 minutes on 2 cores)
 	$(BIN)/medmamba demo -o demo_output
 
+# Threads that spin while they wait would take the processors from the programs that tests start.
+test test-full: export OMP_WAIT_POLICY := passive
 test: setup ## the tests a change must pass (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 

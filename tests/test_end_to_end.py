@@ -159,6 +159,7 @@ def test_a_model_with_changed_or_missing_weights(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_time_budget_is_kept(run):
     _, work, _, _ = run
     import time

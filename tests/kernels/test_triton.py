@@ -119,6 +119,7 @@ def test_gradients_stay_exact_where_decays_are_strong(interpreted: Interpreted) 
     assert relative_error(grads.A, expected.A) <= 3e-6
 
 
+@pytest.mark.slow
 def test_states_pass_through_spans_of_many_chunks(interpreted: Interpreted) -> None:
     tiny = replace(SMALL, length=300, channels=2, state=1)
     assert_agrees(interpreted.tuned(chunk=1), make_arguments(tiny))

@@ -34,6 +34,7 @@ def test_a_network_equals_itself_and_a_crippled_one_does_not(work, tmp_path) -> 
     assert outcome.entries[1].contestant.seeds == (3, 4, 5)
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_a_report_and_goes_on(work, tmp_path) -> None:
     says: list[str] = []
 
