@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
+.PHONY: dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-walkthroughs test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,9 +27,12 @@ demo: setup ## plan, train, predict and evaluate on real brain MRI (under 10 min
 	$(BIN)/medmamba demo -o demo_output
 
 # Threads that spin while they wait would take the processors from the programs that tests start.
-test test-full: export OMP_WAIT_POLICY := passive
+test test-walkthroughs test-full: export OMP_WAIT_POLICY := passive
 test: setup ## the tests a change must pass (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-walkthroughs: setup ## run every walkthrough on tiny data
+	$(BIN)/python -m pytest tests/cli/test_walkthroughs.py
 
 test-full: setup ## everything that needs no GPU, the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from nnunet_results import write_results
 
+pytestmark = pytest.mark.slow  # .ci/run names this file
+
 WALKTHROUGHS = Path(__file__).resolve().parents[2] / "cli" / "walkthroughs"
 
 
@@ -70,7 +72,6 @@ def test_overnight(imported, raw, tmp_path):
     assert made.items() <= now.items()
 
 
-@pytest.mark.slow
 def test_compare(raw, tmp_path):
     result = walk("compare", raw, tmp_path, "2s", "0")
     assert "lightm_unet_s:identity against lightm_unet_s: " in result.stdout
