@@ -62,6 +62,7 @@ def same_case(store: Path, other: Path, case_id: str) -> None:
     assert ours.record.geometry.same_grid_as(theirs.record.geometry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_what_was_written_is_read_again(
     exported: tuple[Path, Path], tmp_path: Path, older: bool
