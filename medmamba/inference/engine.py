@@ -9,13 +9,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import UsageError
@@ -146,9 +146,21 @@ def predict_cases(
         run.log("started", cases=total, rejected=len(rejected), shard=shard)
         _work_through(work, chain(rejected, cases), ledger, tally, drain, prefetch_bytes)
         exit_code = drain.exit_code or tally.exit_code(fail_on)
-        context = {"model": model, "parameters": parameters, "overwrite": overwrite}
-        run.finish(records_of_run(folder, run.run_id), context=context, exit_code=exit_code)
+        finish_run(run, folder, exit_code, model, parameters, overwrite)
     return tally.outcome(run, folder, exit_code)
+
+
+def finish_run(
+    run: Run,
+    folder: Path,
+    exit_code: int,
+    model: ModelIdentity,
+    parameters: Mapping[str, Any],
+    overwrite: str,
+) -> None:
+    """Seal the journal of a run and sum it up, whatever engine it had."""
+    context = {"model": model, "parameters": parameters, "overwrite": overwrite}
+    run.finish(records_of_run(folder, run.run_id), context=context, exit_code=exit_code)
 
 
 def count_work(

@@ -26,9 +26,9 @@ from medmamba.inference.engine import (
     PredictionRun,
     Tally,
     count_work,
+    finish_run,
     prepare_folder,
 )
-from medmamba.inference.history import records_of_run
 from medmamba.inference.job import Job
 from medmamba.inference.journal import OnEvent, Run
 from medmamba.inference.ledger import Ledger
@@ -111,12 +111,9 @@ def predict_supervised(
         finally:
             supervision.close()
         exit_code = drain.exit_code or tally.exit_code(fail_on)
-        context = {
-            "model": setup.model,
-            "parameters": supervision.parameters,
-            "overwrite": setup.overwrite,
-        }
-        run.finish(records_of_run(setup.folder, run.run_id), context=context, exit_code=exit_code)
+        finish_run(
+            run, setup.folder, exit_code, setup.model, supervision.parameters, setup.overwrite
+        )
     return tally.outcome(run, setup.folder, exit_code)
 
 

@@ -26,8 +26,15 @@ from medmamba.errors import BundleError, EnvironmentFault, MedMambaError, Securi
 from medmamba.files import from_plain, to_plain
 from medmamba.inference.casework import CaseWork
 from medmamba.inference.draining import DrainRequest
-from medmamba.inference.engine import FailOn, OnCase, PredictionRun, Tally, prepare_folder
-from medmamba.inference.history import records_of_run
+from medmamba.inference.engine import (
+    FailOn,
+    OnCase,
+    PredictionRun,
+    Tally,
+    count_work,
+    finish_run,
+    prepare_folder,
+)
 from medmamba.inference.job import CasePredictor, Job
 from medmamba.inference.journal import OnEvent, Run, set_aside, sweep_temporary_files
 from medmamba.inference.ledger import Ledger
@@ -170,8 +177,7 @@ def predict_on_cluster(
     """
     prepare_folder(cases, setup.folder)
     run = Run(setup.folder, on_event=on_event)
-    if isinstance(cases, Sequence):
-        total = len(cases) + len(rejected)
+    total = count_work(cases, rejected, total)
     tally = Tally(total, on_case=on_case, max_failures=max_failures)
     with run:
         run.log("started", cases=total, rejected=len(rejected), shard=shard, engine="ray")
@@ -184,10 +190,7 @@ def predict_on_cluster(
         finally:
             driver.close()
         exit_code = drain.exit_code or tally.exit_code(fail_on)
-        context = {
-            "model": setup.model, "parameters": driver.parameters, "overwrite": setup.overwrite,
-        }  # fmt: skip
-        run.finish(records_of_run(setup.folder, run.run_id), context=context, exit_code=exit_code)
+        finish_run(run, setup.folder, exit_code, setup.model, driver.parameters, setup.overwrite)
     # What killed workers were writing; nobody does any more, unless another run is there.
     sweep_temporary_files(setup.folder)
     return tally.outcome(run, setup.folder, exit_code)
