@@ -16,7 +16,6 @@ alternate; results are merged into RESULTS by part. Needs the extra ``nnunet`` a
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "plans" / "bench"))
 
+from machine import processor
 from speed import family, share
 
 CLASSES = 14
@@ -447,17 +447,9 @@ def write_nnunet_results(model: Path, folder: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
     packages = ("medmamba", "nnunetv2", "torch", "numpy", "scipy")
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {name: version(name) for name in packages},

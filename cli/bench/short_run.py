@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import processor
+
 RESULTS = Path(__file__).resolve().parent / "results" / "short_runs.json"
 
 
@@ -27,11 +29,6 @@ def medmamba(*arguments: object) -> float:
     code = "from medmamba.cli.app import main; main()"
     subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
     return time.monotonic() - begun
-
-
-def processor() -> str:
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return next(line.split(":")[1].strip() for line in text.splitlines() if "model name" in line)
 
 
 def measure(dataset: Path, network: str, max_time: str, folder: Path) -> dict[str, Any]:

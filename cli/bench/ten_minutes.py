@@ -25,6 +25,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from machine import processor
+
 NNUNET_TRAIN = """
 import json, sys, time
 from pathlib import Path
@@ -199,12 +201,10 @@ class Experiment:
 
 def describe_machine(cores: int, slots: int, programs: list[str]) -> dict:
     """Say where this ran."""
-    text = Path("/proc/cpuinfo").read_text()
-    model = next(line.split(":")[1].strip() for line in text.splitlines() if "model name" in line)
     names = ["medmamba", "torch", *(["nnunetv2"] if "nnunet" in programs else [])]
     packages = {name: version(name) for name in names}
     return {
-        "processor": model,
+        "processor": processor(),
         "architecture": platform.machine(),
         "cores_per_run": cores,
         "runs_side_by_side": slots,

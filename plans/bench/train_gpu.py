@@ -27,8 +27,8 @@ from medmamba.io import TRAINING_GATE, read_labels
 from medmamba.networks import NETWORKS, build_network
 from medmamba.networks.spec import NetworkSpec
 from medmamba.pipeline.validating import read_validation
+from medmamba.pipeline.work import choose_configuration
 from medmamba.plans.nnunet_schema import load_plan
-from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.run_files import read_log
 from medmamba.training.sampling import Batch
@@ -36,7 +36,6 @@ from medmamba.training.step_memory import StepConditions, step_memory
 from medmamba.training.stepping import Stepper
 from medmamba.training.trainer import LOG
 
-CONFIGURATIONS = ("3d_fullres", "2d")  # the first that a plan has
 BIG_PATCH = (128, 128, 128)
 WARMUP = 3
 CUDA = torch.device("cuda")
@@ -100,15 +99,10 @@ def agreement(spec: NetworkSpec) -> float:
     return (on_cpu == on_gpu).float().mean().item()
 
 
-def branch_of(plan: Plan) -> ConfigurationPlan:
-    """The configuration that is measured."""
-    return next(plan.configurations[c] for c in CONFIGURATIONS if c in plan.configurations)
-
-
 def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
     """Everything about one plan."""
     plan = load_plan(path)
-    branch = branch_of(plan)
+    branch = plan.configurations[choose_configuration(plan, None)]
     spec, recipe = branch.network, branch.training
     row: dict[str, Any] = {"network": spec.name, "patch": spec.patch_size}
     row["batch"] = recipe.batch_size
@@ -126,7 +120,7 @@ def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
 def measure_big(path: Path) -> dict[str, Any]:
     """Two samples of 128x128x128, the size at which LightM-UNet used not to fit."""
     plan = load_plan(path)
-    branch = branch_of(plan)
+    branch = plan.configurations[choose_configuration(plan, None)]
     spec = NETWORKS[branch.network.name].arrange(replace(branch.network, patch_size=BIG_PATCH))
     row: dict[str, Any] = {"network": spec.name, "patch": spec.patch_size, "batch": 2}
     conditions = StepConditions(recipe=branch.training, label_map=plan.label_map)
