@@ -51,7 +51,7 @@ if [ -z "$model" ]; then
   say "a model and images by medmamba demo --tiny"
   make setup >"$scratch/setup.log" 2>&1 || { tail -n 40 "$scratch/setup.log"; exit 1; }
   .venv/bin/medmamba demo --tiny -o "$scratch/demo" >"$scratch/demo.log" 2>&1 || { tail -n 40 "$scratch/demo.log"; exit 1; }
-  model=$(echo "$scratch"/demo/work/runs/*/*/fold_*/model) images=$(echo "$scratch"/demo/raw/*/imagesTs)
+  model=$(echo "$scratch"/demo/*/runs/*/*/fold_*/model) images=$(echo "$scratch"/demo/raw/*/imagesTs)
   chmod -R a+rX "$scratch/demo"
 fi
 

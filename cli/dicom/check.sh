@@ -50,7 +50,7 @@ dpkg-query -W -f '   ${Package} ${Version}\n' dicom3tools dcmtk orthanc
 if [ -z "$model" ] && [ ${#series[@]} -gt 0 ]; then
   say "a model by medmamba demo --tiny"
   "${medmamba[@]}" demo --tiny -o "$scratch/demo" >/dev/null 2>&1
-  model=$(echo "$scratch"/demo/work/runs/*/*/fold_*/model)
+  model=$(echo "$scratch"/demo/*/runs/*/*/fold_*/model)
 fi
 out=$scratch/out
 mkdir -p "$out"
