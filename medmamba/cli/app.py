@@ -24,6 +24,7 @@ from medmamba.cli.evaluate import evaluate
 from medmamba.cli.examples import examples_of, exit_codes
 from medmamba.cli.index import index
 from medmamba.cli.info import info
+from medmamba.cli.messages import drop_unheard, say
 from medmamba.cli.plan import plan
 from medmamba.cli.predict import predict
 from medmamba.cli.preprocess import preprocess
@@ -118,10 +119,10 @@ def main() -> None:
     except MedMambaError as error:
         if debug:
             traceback.print_exc()
-        print(f"error [{error.code}]: {error.message}", file=sys.stderr)
+        say(f"error [{error.code}]: {error.message}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept.", file=sys.stderr)
+        say("interrupted; what was finished is kept.")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (`medmamba ... | head`): nothing is wrong.
@@ -130,6 +131,8 @@ def main() -> None:
     except Exception as error:
         _report_bug(error, debug=debug)
         sys.exit(EXIT_BUG)
+    finally:
+        drop_unheard()
 
 
 def _report_bug(error: Exception, *, debug: bool) -> None:
@@ -139,8 +142,7 @@ def _report_bug(error: Exception, *, debug: bool) -> None:
         "w", prefix="medmamba-traceback-", suffix=".log", delete=False, encoding="utf-8"
     ) as log:
         traceback.print_exc(file=log)
-    print(
+    say(
         f"error [E_INTERNAL]: {type(error).__name__}: {str(error) or 'no message'}. This is a bug "
-        f"in medmamba; its traceback is in {Path(log.name)} (--debug shows it here).",
-        file=sys.stderr,
+        f"in medmamba; its traceback is in {Path(log.name)} (--debug shows it here)."
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import (
     Device,
     Json,
@@ -98,7 +99,7 @@ def compare(
         precision=precision,
         jobs=jobs,
         command=shlex.join(["medmamba", *sys.argv[1:]]),
-        on_message=lambda text: print(text, file=sys.stderr, flush=True),
+        on_message=say,
     )
     if as_json:
         from medmamba.files import to_json

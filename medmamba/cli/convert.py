@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmamba.cli.examples import examples_of
+from medmamba.cli.messages import say
 from medmamba.cli.options import Json
 from medmamba.errors import UsageError
 
@@ -138,7 +139,7 @@ def dicom_to_nifti(
     values, header = read_stored_image(series)
     write_image(output, values[0], header.geometry)
     for warning in header.warnings:
-        print(warning, file=sys.stderr)
+        say(warning)
     depth, height, width = header.geometry.shape
     print(f"{output}: {width} x {height} x {depth} voxels")
 

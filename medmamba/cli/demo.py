@@ -1,12 +1,12 @@
 """``medmamba demo``: the whole chain on real images, ending with a table and a picture."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import complete_network, format_duration, parse_duration
 from medmamba.cli.plan import DEFAULT_NETWORK
 
@@ -62,10 +62,9 @@ def _prepare(dataset: str, output: Path, *, tiny: bool) -> Path:
         from medmamba.cli.demo_data import make_demo_dataset
 
         made = make_demo_dataset(output / "raw", tiny=tiny)
-        print(
+        say(
             f"dataset: blocks of one averaged brain, {made.training} to train on, "
-            f"{made.held_out} held out",
-            file=sys.stderr,
+            f"{made.held_out} held out"
         )
         return made.folder
     if dataset == HIPPOCAMPUS and not Path(dataset).exists():

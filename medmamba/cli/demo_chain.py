@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import medmamba
 from medmamba.cli.evaluate import print_evaluation
+from medmamba.cli.messages import say
 from medmamba.cli.plan import print_plan
 from medmamba.cli.predict import print_case
 from medmamba.dataset import Case, Dataset, open_dataset, read_splits
@@ -44,7 +44,7 @@ def run_chain(raw: Path, output: Path, *, network: str, max_time_s: float) -> No
         root=raw,
         overwrite="always",
         on_case=print_case,
-        on_message=_say,
+        on_message=say,
     )
     scores = medmamba.evaluate(
         references, masks, dataset_json=raw / "dataset.json", output=output / "evaluation"
@@ -120,7 +120,3 @@ def draw_case(case: Case, dataset: Dataset, masks: Path, path: Path) -> Path:
     prediction, _ = read_labels(masks / f"{case.id}{dataset.file_ending}")
     overlay_figure(image, reference, prediction, dataset.label_map, path)
     return path
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """Progress and tables. Talk goes to standard error, data to standard output."""
 
-import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -16,6 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import format_duration
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -78,7 +78,7 @@ class StepProgress:
         elapsed = now - self._started[stage]
         remaining = elapsed / done * (total - done) if done else 0.0
         tail = f", about {format_duration(remaining)} left" if done < total and done else ""
-        print(f"{stage}: {done}/{total}{tail}", file=sys.stderr, flush=True)
+        say(f"{stage}: {done}/{total}{tail}")
 
 
 def make_table(

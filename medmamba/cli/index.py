@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import Json
 from medmamba.errors import UsageError
 
@@ -83,11 +84,11 @@ def _print(outcome: "IndexOutcome") -> None:
     print(f"{outcome.manifest}: {outcome.cases} cases{series}: {channels or 'none'}")
     print(f"looked into {outcome.folders} folders; {outcome.other_files} other files")
     for text in outcome.problems[:SHOWN]:
-        print(f"left out  {text}", file=sys.stderr)
+        say(f"left out  {text}")
     if outcome.left_out > SHOWN:
-        print(f"left out  {outcome.left_out - SHOWN} more (--json lists them)", file=sys.stderr)
+        say(f"left out  {outcome.left_out - SHOWN} more (--json lists them)")
     if outcome.left_out:
-        print("names that several cases have: try --id-from path", file=sys.stderr)
+        say("names that several cases have: try --id-from path")
     root = "" if outcome.root == outcome.manifest.parent else f" --root {_quoted(outcome.root)}"
     print(f"next: medmamba predict -i {_quoted(outcome.manifest)}{root} -o OUT -m MODEL")
 

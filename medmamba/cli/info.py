@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import Json
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _print_networks(*, as_json: bool) -> None:
     from medmamba.files import to_plain
     from medmamba.networks.describe import OPERATIONS_FORMULA, describe_networks
 
-    print("building every network once; this takes a minute", file=sys.stderr)
+    say("building every network once; this takes a minute")
     rows = describe_networks()
     if as_json:
         sys.stdout.write(json.dumps([to_plain(row) for row in rows], indent=2) + "\n")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import Json, ResampleOn, Workers, check_choice, complete_network
 from medmamba.errors import DatasetError, UsageError
 
@@ -240,11 +241,11 @@ def print_problems(report: "VerificationReport") -> None:
     problems = sorted(report.problems, key=lambda problem: problem.severity != "fatal")
     for problem in problems[:SHOWN_PROBLEMS]:
         where = f"case {problem.case}: " if problem.case else ""
-        print(f"{problem.severity} [{problem.code}] {where}{problem.message}", file=sys.stderr)
+        say(f"{problem.severity} [{problem.code}] {where}{problem.message}")
         if problem.suggestion:
-            print(f"    -> {problem.suggestion}", file=sys.stderr)
+            say(f"    -> {problem.suggestion}")
     if len(problems) > SHOWN_PROBLEMS:
-        print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
+        say(f"... and {len(problems) - SHOWN_PROBLEMS} more")
     fatal = sum(problem.severity == "fatal" for problem in problems)
     if fatal:
         raise DatasetError(

@@ -1,7 +1,6 @@
 """``medmamba predict``: masks for new images."""
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -9,6 +8,7 @@ import typer
 
 from medmamba.cli.dry_run import show_dry_run
 from medmamba.cli.events import events_to
+from medmamba.cli.messages import say
 from medmamba.cli.options import (
     AssumeIdentity,
     Device,
@@ -302,9 +302,3 @@ def print_case(record: "CommitRecord", done: int, total: int, remaining_s: float
         warnings = f" ({'; '.join(record.warnings)})" if record.warnings else ""
         text = f"{record.status}{warnings}"
     say(f"{done}/{total} {record.case_id}: {text}{tail}")
-
-
-def say(text: str) -> None:
-    """Talk on standard error; if nobody can hear it (a full disk), the work still goes on."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)

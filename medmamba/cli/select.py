@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import Device, Json, WorkFolder, complete_network
 
 
@@ -50,7 +51,7 @@ def select(
         ensembles=ensembles,
         output=output,
         device=device,
-        on_message=lambda text: print(text, file=sys.stderr, flush=True),
+        on_message=say,
     )
     if as_json:
         from medmamba.files import to_json

@@ -1,6 +1,5 @@
 """Progress of training: a line per epoch; within an epoch a bar, or a line a minute in a log."""
 
-import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from medmamba.cli.display import talk
+from medmamba.cli.messages import say
 from medmamba.cli.options import format_duration
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class TrainingDisplay:
             self._hide()
             talk.print(text, markup=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def on_epoch(self, report: "EpochReport") -> None:
         """Print what a person watching wants to know of a finished epoch."""

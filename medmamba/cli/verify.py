@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import Json
 from medmamba.errors import UsageError
 
@@ -115,9 +116,8 @@ def _verify_model(place: Path, *, as_json: bool) -> int:
             f"{found.logits_difference:.2g} standard deviations)"
         )
     if not found.passed:
-        print(
+        say(
             "this machine computes something else than where the model was made; do not use it "
-            "here before `medmamba doctor` passes",
-            file=sys.stderr,
+            "here before `medmamba doctor` passes"
         )
     return 0 if found.passed else EXIT_DIFFERENT

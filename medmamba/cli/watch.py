@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from medmamba.cli.messages import say
 from medmamba.cli.options import Device, Json, Workers
 from medmamba.cli.predict import print_case
 
@@ -86,7 +87,7 @@ def watch(
         grace_s=grace,
         metrics=metrics,
         on_case=print_case,
-        on_message=lambda text: print(text, file=sys.stderr, flush=True),
+        on_message=say,
     )
     if as_json:
         from medmamba.files import to_json

@@ -158,6 +158,17 @@ def test_a_closed_pipe_is_no_error():
     assert "error" not in result.stderr
 
 
+def test_an_error_that_nobody_can_hear_keeps_its_exit_code(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "medmamba", "evaluate", tmp_path / "none", tmp_path / "none"],
+            stderr=full,
+            check=False,
+        )
+    heard = medmamba("evaluate", tmp_path / "none", tmp_path / "none")
+    assert result.returncode == heard.returncode != 0
+
+
 def test_a_bug_leaves_its_traceback_in_a_file(tmp_path, monkeypatch, capsys):
     from medmamba.cli import app
 
