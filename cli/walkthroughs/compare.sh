@@ -7,4 +7,4 @@ dataset=$1 folder=$2 time=${3:-10m} seeds=${4:-0,1,2} jobs=${5:-1}
 
 medmamba plan "$dataset" -o "$folder/work" --network lightm_unet_s
 medmamba compare "$folder/work" lightm_unet_s --twins --max-time "$time" --seeds "$seeds" \
-  --jobs "$jobs" -o "$folder/comparison"                          # report.html, cases.csv, pictures
+  --jobs "$jobs" -o "$folder/comparison"                          # report.html and .md, cases.csv

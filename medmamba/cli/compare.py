@@ -16,6 +16,7 @@ from medmamba.cli.options import (
     complete_recipe,
     parse_duration,
 )
+from medmamba.cli.signals import exit_on_sigterm
 from medmamba.errors import UsageError
 
 
@@ -83,6 +84,7 @@ def compare(
     from medmamba.pipeline.comparing import outcome_to_plain
     from medmamba.pipeline.comparison_report import cost_rows, remarks, score_rows
 
+    exit_on_sigterm()
     outcome = run_compare(
         work,
         networks,

@@ -1,5 +1,7 @@
 """Progress and tables. Talk goes to standard error, data to standard output."""
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -20,8 +22,11 @@ from medmamba.cli.options import format_duration
 
 PLAIN_LINE_EVERY_S = 5.0
 
+FILE_COLUMNS = int(os.environ.get("COLUMNS", 120))
+"""Of tables in files and pipes, which have no width of their own."""
+
 talk = Console(stderr=True, highlight=False)
-data = Console(highlight=False)
+data = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
 class StepProgress:

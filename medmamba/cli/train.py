@@ -1,8 +1,6 @@
 """``medmamba train``: train one fold of one network."""
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,6 +13,7 @@ from medmamba.cli.options import (
     parse_duration,
 )
 from medmamba.cli.plan import DEFAULT_NETWORK
+from medmamba.cli.signals import exit_on_sigterm
 from medmamba.errors import UsageError
 
 
@@ -205,7 +204,7 @@ def train(
 
     Several machines: [cyan]medmamba train work --folds all --engine ray[/cyan]
     """
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    exit_on_sigterm()
     options: dict[str, Any] = {
         "network": network,
         "configuration": configuration,
@@ -310,7 +309,3 @@ def parse_fold(text: str) -> int | str:
     if text.isdecimal():
         return int(text)
     raise UsageError(f"--fold '{text}': a number from 0, or all.")
-
-
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

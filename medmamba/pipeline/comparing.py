@@ -12,12 +12,13 @@ from medmamba.errors import UsageError
 from medmamba.evaluation.comparison import PairedComparison, Scores, compare_scores
 from medmamba.files import RECORD_CONFIG, require_writable_folder, to_plain
 from medmamba.networks.spec import Mixer
+from medmamba.pipeline.apart import RunsApart
 from medmamba.pipeline.contest import (
     Conditions,
     ContestResult,
     ContestRun,
-    run_apart,
     run_here,
+    with_plan,
 )
 from medmamba.pipeline.recipes import SHORT_BUDGET_S, short_recipe
 from medmamba.pipeline.side_by_side import processor_shares, run_contests
@@ -156,7 +157,10 @@ def compare(
     )
     folder = require_writable_folder(Path(output))
     runs = _list_runs(conditions, contestants, tuple(folds))
-    results = run_contests(runs, folder, shares, run_apart if isolate else run_here, on_message)
+    apart = RunsApart()
+    results = run_contests(
+        runs, folder, shares, apart if isolate else run_here, on_message, stop=apart.stop
+    )
     done = {
         one.name: [
             (run.fold, run.seed, result)
@@ -289,13 +293,15 @@ def _list_runs(
     return [
         (
             one.name,
-            ContestRun(
-                conditions=conditions,
-                network=one.network,
-                mixer=one.mixer,
-                fold=fold,
-                seed=one.seeds[number],
-                changes=one.changes,
+            with_plan(
+                ContestRun(
+                    conditions=conditions,
+                    network=one.network,
+                    mixer=one.mixer,
+                    fold=fold,
+                    seed=one.seeds[number],
+                    changes=one.changes,
+                )
             ),
         )
         for number in range(rounds)

@@ -1,4 +1,7 @@
-"""What a comparison leaves: CSV of every case, JSON, pictures, and one page that needs no other."""
+"""What a comparison leaves: CSV of every case, JSON, pictures, one page that needs no other.
+
+The same page is written as Markdown too, for repositories that show it.
+"""
 
 import base64
 from html import escape
@@ -12,6 +15,8 @@ from medmamba.pipeline.comparing import CompareOutcome, Entry, outcome_to_plain
 
 PAIRED, COST = "paired.png", "dice_against_cost.png"
 
+DISCLAIMER = "Research use only. Not a medical device."
+
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid "
@@ -21,7 +26,9 @@ STYLE = (
 
 
 def write_report(outcome: CompareOutcome) -> Path:
-    """Write ``cases.csv``, ``comparison.json``, two PNGs and ``report.html``; return the last.
+    """Write ``cases.csv``, ``comparison.json``, two PNGs, ``report.md`` and ``report.html``.
+
+    Returns ``report.html``, which holds the pictures.
 
     Raises:
         EnvironmentFault: the folder cannot be written.
@@ -39,6 +46,7 @@ def write_report(outcome: CompareOutcome) -> Path:
     }
     seeds = {name: entry.scores.mean(1).tolist() for name, entry in entries.items()}
     plot_cost(seeds, costs, folder / COST)
+    write_atomic(folder / "report.md", _markdown(outcome))
     write_atomic(folder / "report.html", _page(outcome))
     return folder / "report.html"
 
@@ -163,7 +171,7 @@ def _page(outcome: CompareOutcome) -> str:
         *(f"<p>{escape(text)}</p>" for text in remarks(outcome)),
         f"<p>Command: <code>{escape(outcome.command)}</code></p>" if outcome.command else "",
         *(_picture(outcome.folder / name) for name in (PAIRED, COST)),
-        "<p>Research use only. Not a medical device.</p></html>",
+        f"<p>{DISCLAIMER}</p></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -174,6 +182,27 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return f"<h2>{title}</h2><table><tr>{head}</tr>{body}</table>"
+
+
+def _markdown(outcome: CompareOutcome) -> str:
+    parts = [
+        "# Comparison",
+        "## Scores",
+        _markdown_table(*score_rows(outcome)),
+        "## Cost",
+        _markdown_table(*cost_rows(outcome)),
+        *remarks(outcome),
+        f"Command: `{outcome.command}`" if outcome.command else "",
+        f"![Dice of every case]({PAIRED})",
+        f"![Dice against cost]({COST})",
+        DISCLAIMER,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _picture(path: Path) -> str:

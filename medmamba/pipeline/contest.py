@@ -1,12 +1,10 @@
 """One run of a comparison: train a network under the common conditions, and score whole cases.
 
-Runs in a process of its own (``python -m medmamba.pipeline.contest RUN.json``), so that its peak
-memory is its own and a crash costs no other run.
+Done in a process of its own (see ``apart``), so that its peak memory is its own and a crash costs
+no other run.
 """
 
 import dataclasses
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +55,7 @@ class ContestRun:
 
     Args:
         changes: keys of the recipe, ``features`` (a factor) or ``options.<name>`` of the network.
+        planned: what the plans made of it, in hashes; see ``with_plan``.
     """
 
     __pydantic_config__ = RECORD_CONFIG
@@ -67,6 +66,7 @@ class ContestRun:
     fold: int
     seed: int
     changes: Mapping[str, Any] = field(default_factory=dict)
+    planned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -101,6 +101,17 @@ class ContestResult:
     device: str
 
 
+def with_plan(run: ContestRun) -> ContestRun:
+    """Return the run with the hashes of what its plan, split and arrays are now.
+
+    Raises:
+        PlanError: the network is not planned, or does not fit the common patch.
+        UsageError: a change of something that does not exist.
+    """
+    _, setup = prepare(run, Path())
+    return dataclasses.replace(run, planned={**setup.identity, "arrays": setup.store_folder.name})
+
+
 def read_result(folder: Path, key: str) -> ContestResult | None:
     """Return the result of a finished run, None when it has to be done."""
     if not (folder / RESULT_FILE).is_file():
@@ -108,24 +119,6 @@ def read_result(folder: Path, key: str) -> ContestResult | None:
     content = read_json(folder / RESULT_FILE, what="result", error=MedMambaError)
     result = from_plain(ContestResult, content, what=str(folder / RESULT_FILE), error=MedMambaError)
     return result if result.key == key else None
-
-
-def run_apart(run: ContestRun, folder: Path) -> ContestResult:
-    """Do a run in a process of its own.
-
-    Raises:
-        TrainingError: the process failed; its message has gone to stderr.
-    """
-    write_atomic(folder / SPEC_FILE, to_json(run))
-    command = [sys.executable, "-m", "medmamba.pipeline.contest", str(folder)]
-    code = subprocess.run(command, check=False).returncode  # noqa: S603 our own module
-    result = read_result(folder, run.key)
-    if code != 0 or result is None:
-        raise TrainingError(
-            f"run {folder}: ended with exit code {code}; its message is above. Finished runs are "
-            "kept: correct the cause and run the same command again."
-        )
-    return result
 
 
 def run_here(
@@ -150,8 +143,9 @@ def run_here(
         setup,
         resume=(folder / LOG).exists(),
         on_progress=lambda report: say(
-            f"  epoch {report.epoch + 1}/{report.epochs} loss {report.loss:+.3f} "
-            f"Dice of patches {report.dice:.3f} left {report.remaining_s:.0f} s"
+            f"{run.network}:{run.mixer} seed {run.seed} epoch {report.epoch + 1}/{report.epochs} "
+            f"loss {report.loss:+.3f} Dice of patches {report.dice:.3f} "
+            f"left {report.remaining_s:.0f} s"
         ),
     )
     bundle = save_bundle(
@@ -290,22 +284,3 @@ def _device(wanted: str) -> str:
 
     device = resolve_device(wanted)
     return f"CPU ({describe_cpu()})" if device.type == "cpu" else str(device)
-
-
-def _main(folder: Path) -> int:
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-    try:
-        content = read_json(folder / SPEC_FILE, what="run", error=MedMambaError)
-        run = from_plain(ContestRun, content, what=str(folder), error=MedMambaError)
-        run_here(run, folder, say)
-    except MedMambaError as error:
-        say(f"error [{error.code}]: {error.message}")
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1])))

@@ -1,8 +1,9 @@
 """The runs of a comparison, one after another or several at once on processors of their own."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -36,6 +37,7 @@ def run_contests(
     shares: Sequence[Share],
     work: Callable[[ContestRun, Path], ContestResult],
     say: Callable[[str], None] | None,
+    stop: Callable[[], None] = lambda: None,
 ) -> list[ContestResult]:
     """Return a result per run, in order: that of a finished one, or a new one.
 
@@ -45,6 +47,7 @@ def run_contests(
         shares: as many runs go at once, each on one share.
         work: does a run in its folder; in another process where there are several shares.
         say: called with what starts.
+        stop: ends the runs under way; called when a signal ends this one.
 
     Raises:
         TrainingError: a run failed; those under way have ended, no other has begun.
@@ -67,10 +70,22 @@ def run_contests(
         return work(run, place) if result is None else result
 
     if len(shares) == 1:
-        return [do(numbered) for numbered in enumerate(runs, 1)]
+        with _stopping(stop):
+            return [do(numbered) for numbered in enumerate(runs, 1)]
     with ThreadPoolExecutor(len(shares), initializer=bind) as pool:
         try:
-            return list(pool.map(do, enumerate(runs, 1)))
+            with _stopping(stop):
+                return list(pool.map(do, enumerate(runs, 1)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` when the block ends by a signal, but not when a run fails."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        stop()
+        raise

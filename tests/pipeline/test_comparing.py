@@ -1,13 +1,19 @@
 """compare() as a user runs it, on tiny ellipsoids."""
 
 import csv
+import dataclasses
 import json
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 import medmamba
 from medmamba.errors import UsageError
 from medmamba.pipeline.comparing import compare, parse_contestant
+from medmamba.pipeline.contest import Conditions, ContestRun, with_plan
 
 NETWORK = "lightm_unet_s"
 SMALL = f"{NETWORK},learning_rate=0.001"
@@ -51,6 +57,7 @@ def test_a_comparison_leaves_a_report_and_goes_on(work, tmp_path) -> None:
     assert "supports no claim" in page
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page
+    assert "![Dice of every case](paired.png)" in (tmp_path / "report.md").read_text()
     rows = list(csv.DictReader((tmp_path / "cases.csv").read_text().splitlines()))
     assert {row["label"] for row in rows} == {"shell", "core"}
     stored = json.loads((tmp_path / "comparison.json").read_text())
@@ -58,6 +65,30 @@ def test_a_comparison_leaves_a_report_and_goes_on(work, tmp_path) -> None:
     again = run([SMALL], (0, 1))
     assert all("is there" in text for text in says)
     assert repr(again.pairs) == repr(outcome.pairs)  # a spread of one seed is NaN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_ends_early_leaves_no_run_behind_and_goes_on(
+    number, work, tmp_path
+) -> None:
+    command = [
+        sys.executable, "-m", "medmamba", "compare", str(work), f"{NETWORK}:identity", SMALL,
+        "--seeds", "0", "--epochs", "3", "--iterations", "6", "-o", str(tmp_path),
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        for line in first.stderr:
+            if "mamba seed 0 epoch 1/3" in line:  # the second run is at work
+                first.send_signal(number)
+                break
+        rest = first.stderr.read()  # ends when nobody writes there any more
+    assert first.returncode == (128 + number if number == signal.SIGTERM else -number)
+    assert "epoch 3/3" not in rest
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "fold 0, seed 0 is there" in again.stderr
+    assert "epoch 1/3" not in again.stderr  # it goes on
+    assert "difference" in again.stdout
 
 
 def test_contestants_are_read() -> None:
@@ -73,6 +104,21 @@ def test_contestants_are_read() -> None:
 def test_what_cannot_be_read_is_named(text: str, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         parse_contestant(text)
+
+
+def test_a_run_of_a_changed_plan_is_another_run(work, tmp_path) -> None:
+    conditions = Conditions(work=work, configuration="3d_fullres", frame=NETWORK, epochs=1)
+    run = ContestRun(conditions=conditions, network=NETWORK, mixer="mamba", fold=0, seed=0)
+    before = with_plan(run).key
+    assert before == with_plan(run).key
+    copy = tmp_path / "work"
+    shutil.copytree(work, copy)
+    plan = copy / "plans" / f"{NETWORK}.json"
+    content = json.loads(plan.read_text())
+    content["configurations"]["3d_fullres"]["batch_size"] += 1
+    plan.write_text(json.dumps(content))
+    moved = dataclasses.replace(run, conditions=dataclasses.replace(conditions, work=copy))
+    assert with_plan(moved).key != before
 
 
 def test_options_that_cannot_be_compared(work, tmp_path) -> None:
