@@ -57,8 +57,9 @@ readme-tables: setup ## write README's tables from the results beside the benchm
 
 docs: golden readme-tables ## regenerate what the documentation takes from the program
 
-bench: setup ## time the scan on this CPU, after checking that it is right
-	$(BIN)/python kernels/bench/cpu.py
+bench: setup ## time the scan on this CPU, after checking that it is right, and write kernels/README.md's table
+	$(BIN)/python kernels/bench/cpu.py --json kernels/bench/results/cpu.json
+	$(BIN)/python kernels/bench/render.py kernels/bench/results/cpu.json
 
 bench-gpu: setup ## check and time the scan on this GPU
 	$(BIN)/python kernels/bench/gpu.py

@@ -30,8 +30,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "plans" / "bench"))
 
-from machine import processor
 from speed import family, share
+
+from medmamba.kernels.placement import processor_name
 
 CLASSES = 14
 COARSE, FINE = (100, 160, 160), (150, 320, 320)
@@ -449,7 +450,7 @@ def machine() -> dict[str, Any]:
     """What the figures hold for."""
     packages = ("medmamba", "nnunetv2", "torch", "numpy", "scipy")
     return {
-        "cpu": processor(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {name: version(name) for name in packages},

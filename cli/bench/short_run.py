@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from machine import processor
+from medmamba.kernels.placement import processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results" / "short_runs.json"
 
@@ -54,7 +54,7 @@ def measure(dataset: Path, network: str, max_time: str, folder: Path) -> dict[st
         "network": network,
         "max_time": max_time,
         "fold": "all",
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": version("torch"),
         "cases": len(summary["metric_per_case"]),

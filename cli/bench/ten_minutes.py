@@ -25,7 +25,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from machine import processor
+from medmamba.kernels.placement import processor_name
 
 NNUNET_TRAIN = """
 import json, sys, time
@@ -204,7 +204,7 @@ def describe_machine(cores: int, slots: int, programs: list[str]) -> dict:
     names = ["medmamba", "torch", *(["nnunetv2"] if "nnunet" in programs else [])]
     packages = {name: version(name) for name in names}
     return {
-        "processor": processor(),
+        "processor": processor_name(),
         "architecture": platform.machine(),
         "cores_per_run": cores,
         "runs_side_by_side": slots,

@@ -1,37 +1,45 @@
 """Measures the compiled scan: correctness first, then interleaved medians of thread CPU time.
 
-    python kernels/bench/cpu.py [--lengths 4096] [--channels 16 32 64] [--json results.json]
+    python kernels/bench/cpu.py [--lengths 4096] [--channels 16 32 64 128] [--json results.json]
 
 Every row gives ns per element (batch x length x channels x state) of the operator, all extras
-fused, and how many times longer each PyTorch form takes. `--threads` adds the wall time of one
-thread over that of two.
+fused, and how many times longer each PyTorch form takes. A sample is one form called in a row
+until SAMPLE_S have gone by, without the collector of garbage, as in timeit; the forms take turns.
+At one shape the operator is also timed with AVX2, and by the wall on one and on two threads.
 """
 
 import argparse
+import contextlib
+import gc
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import baselines
 import torch
+from figures import figures
 
 from medmamba.files import to_json, write_atomic
 from medmamba.kernels import native, selective_scan
+from medmamba.kernels.native_call import INSTRUCTION_SET_VARIABLE
+from medmamba.kernels.placement import processor_name
 
 STATE = 16
+SAMPLE_S = 0.02
 TOLERANCE = {"out": 1e-6, "gradient": 3e-6}  # max-norm relative to float64
 FORMS = {
     "step_by_step": baselines.step_by_step,
     "linear_loop": baselines.linear_loop,
+    "tight_loop": baselines.tight_loop,
     "parallel_scan": baselines.parallel_scan,
 }
 if importlib.util.find_spec("mambapy"):
     FORMS["mambapy"] = baselines.mambapy_scan
+REFERENCE_CHANNELS = 64  # threads and AVX2 are measured here
 
 
 def make_inputs(length: int, channels: int, dtype: torch.dtype = torch.float32) -> list:
@@ -64,12 +72,15 @@ def forward_backward(form: Callable, inputs: list) -> None:
     form(*leaves).sum().backward()
 
 
+DIRECTIONS = {"forward": forward, "forward_backward": forward_backward}
+
+
 def check(channels: int) -> None:
     """Stop unless outputs and gradients agree with float64."""
     inputs = make_inputs(257, channels)
     leaves = [value.requires_grad_() for value in inputs]
     exact = [value.detach().double().requires_grad_() for value in inputs]
-    found, expected = operator(*leaves), baselines.linear_loop(*exact)
+    found, expected = operator(*leaves), baselines.tight_loop(*exact)
     found.sum().backward()
     expected.sum().backward()
     pairs = [(found, expected, "out")]
@@ -80,29 +91,42 @@ def check(channels: int) -> None:
             raise SystemExit(f"wrong {kind} at {channels} channels: relative error {error:.1e}")
 
 
+def sample(task: Callable[[], None], clock: Callable[[], int]) -> float:
+    """Nanoseconds of one call: the mean of as many in a row as fill SAMPLE_S."""
+    gc.collect()
+    gc.disable()
+    try:
+        calls, start = 0, clock()
+        while calls == 0 or clock() - start < SAMPLE_S * 1e9:
+            task()
+            calls += 1
+        return (clock() - start) / calls
+    finally:
+        gc.enable()
+
+
 def interleaved(
     tasks: dict[str, Callable[[], None]], repeats: int, budget_s: float, clock: Callable[[], int]
 ) -> dict[str, list[float]]:
-    """Nanoseconds of every task, one of each in turn; the slow ones stop when their time is up."""
-    spent = {name: [] for name in tasks}
+    """Samples of every task, one of each in turn; the slow ones stop when their time is up."""
+    samples: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()  # warm up
     for _ in range(repeats):
         for name, task in tasks.items():
-            if sum(spent[name]) > budget_s * 1e9 and len(spent[name]) >= 3:
+            if sum(samples[name]) > budget_s * 1e9 and len(samples[name]) >= 3:
                 continue
-            start = clock()
-            task()
-            spent[name].append(clock() - start)
-    return spent
+            samples[name].append(sample(task, clock))
+    return samples
 
 
 def measure(length: int, channels: int, repeats: int, budget_s: float) -> dict:
+    """One shape on one thread: the operator and every PyTorch form."""
     torch.set_num_threads(1)
     inputs = make_inputs(length, channels)
     row: dict = {"length": length, "channels": channels}
     elements = length * channels * STATE
-    for kind, run in (("forward", forward), ("forward_backward", forward_backward)):
+    for kind, run in DIRECTIONS.items():
         tasks = {"operator": lambda run=run: run(operator, inputs)}
         tasks |= {
             name: lambda run=run, form=form: run(form, inputs)
@@ -110,15 +134,15 @@ def measure(length: int, channels: int, repeats: int, budget_s: float) -> dict:
             # autograd of the step-by-step form is quadratic in the length
             if not (kind == "forward_backward" and name == "step_by_step")
         }
-        spent = interleaved(tasks, repeats, budget_s, time.thread_time_ns)
-        ours = statistics.median(spent["operator"])
-        quartiles = statistics.quantiles(spent["operator"], n=4)
+        samples = interleaved(tasks, repeats, budget_s, time.thread_time_ns)
+        ours = statistics.median(samples["operator"])
+        quartiles = statistics.quantiles(samples["operator"], n=4)
         row[kind] = {
             "ns_per_element": ours / elements,
             "spread": (quartiles[2] - quartiles[0]) / ours,
             "times_longer": {
                 name: statistics.median(values) / ours
-                for name, values in spent.items()
+                for name, values in samples.items()
                 if name != "operator"
             },
         }
@@ -126,7 +150,7 @@ def measure(length: int, channels: int, repeats: int, budget_s: float) -> dict:
 
 
 def measure_threads(length: int, channels: int, repeats: int) -> dict:
-    """Wall time on one and on two threads."""
+    """Wall time on one thread over that on two."""
     inputs = make_inputs(length, channels)
 
     def task(threads: int, run: Callable) -> Callable[[], None]:
@@ -137,54 +161,75 @@ def measure_threads(length: int, channels: int, repeats: int) -> dict:
         return timed
 
     row: dict = {"length": length, "channels": channels}
-    for kind, run in (("forward", forward), ("forward_backward", forward_backward)):
+    for kind, run in DIRECTIONS.items():
         tasks = {"1": task(1, run), "2": task(2, run)}
-        spent = interleaved(tasks, repeats, 60.0, time.perf_counter_ns)
-        row[kind] = statistics.median(spent["1"]) / statistics.median(spent["2"])
+        samples = interleaved(tasks, repeats, 60.0, time.perf_counter_ns)
+        row[kind] = statistics.median(samples["1"]) / statistics.median(samples["2"])
     return row
 
 
+def measure_sets(length: int, channels: int, repeats: int) -> dict[str, dict[str, float]]:
+    """ns per element with every instruction set of this processor."""
+    torch.set_num_threads(1)
+    inputs = make_inputs(length, channels)
+    found: dict[str, dict[str, float]] = {}
+    for name in native._native.instruction_sets():
+        with forced(name):
+            check(channels)
+            tasks = {
+                kind: lambda run=run: run(operator, inputs) for kind, run in DIRECTIONS.items()
+            }
+            samples = interleaved(tasks, repeats, 60.0, time.thread_time_ns)
+        elements = length * channels * STATE
+        found[name] = {k: statistics.median(v) / elements for k, v in samples.items()}
+    return found
+
+
+@contextlib.contextmanager
+def forced(instruction_set: str) -> Iterator[None]:
+    """Let the kernel use this instruction set for a while."""
+    before = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    os.environ[INSTRUCTION_SET_VARIABLE] = instruction_set
+    try:
+        yield
+    finally:
+        del os.environ[INSTRUCTION_SET_VARIABLE]
+        if before is not None:
+            os.environ[INSTRUCTION_SET_VARIABLE] = before
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--budget-s", type=float, default=5.0, help="per PyTorch form and shape")
-    parser.add_argument("--threads", action="store_true", help="also measure two threads")
+    parser.add_argument("--budget-s", type=float, default=2.0, help="per PyTorch form and shape")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
-    rows, thread_rows = [], []
+    idle = os.getloadavg()[0]
+    rows = []
     for channels in arguments.channels:
         check(channels)
         for length in arguments.lengths:
             rows.append(measure(length, channels, arguments.repeats, arguments.budget_s))
-            print(json.dumps(rows[-1]))
-            if arguments.threads:
-                thread_rows.append(measure_threads(length, channels, arguments.repeats))
-                print(json.dumps(thread_rows[-1]))
+            print(json.dumps(rows[-1]), flush=True)
+    shape = (arguments.lengths[0], REFERENCE_CHANNELS, arguments.repeats)
     results = {
-        "machine": processor(),
+        "machine": processor_name(),
         "instruction_set": native.description(),
         "torch": torch.__version__,
         "state": STATE,
-        "load_average": os.getloadavg()[0],
+        "load_before": idle,
         "processors": os.cpu_count(),
         "dtype": "float32",
         "rows": rows,
-        "two_threads_over_one": thread_rows,
+        "instruction_sets": measure_sets(*shape),
+        "two_threads_over_one": measure_threads(*shape),
     }
+    for figure in figures(results):
+        print(figure.line())
     if arguments.json is not None:
         write_atomic(arguments.json, to_json(results))
-
-
-def processor() -> str:
-    """Name of the processor, as the system gives it."""
-    table = Path("/proc/cpuinfo")
-    if table.exists():
-        for line in table.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

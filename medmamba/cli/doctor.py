@@ -108,9 +108,10 @@ def _memory() -> str:
 def _device() -> list[Finding]:
     import torch
 
+    from medmamba.kernels.placement import processor_name
     from medmamba.training.precision import describe_cpu
 
-    findings = [Finding("CPU", describe_cpu())]
+    findings = [Finding("CPU", f"{processor_name()}, {describe_cpu()}")]
     if not torch.cuda.is_available():
         findings.append(Finding("GPU", "none that torch can use; everything runs on the CPU"))
         return findings

@@ -123,74 +123,88 @@ def check_arguments(arguments: ScanArguments) -> None:
     Raises:
         KernelError: names the argument, its shape or type, and what was expected.
     """
-    u = arguments.u
+    u, A = arguments.u, arguments.A
     if u.dim() != 3:
         raise _wrong("u", u, "3 dimensions (batch, length, channels)")
-    if arguments.A.dim() != 2:
-        raise _wrong("A", arguments.A, "2 dimensions (channels, state)")
+    if A.dim() != 2:
+        raise _wrong("A", A, "2 dimensions (channels, state)")
     batch, length, channels = u.shape
-    state = arguments.A.shape[1]
-    for name in ("delta", "gate"):
-        _check_shape(name, getattr(arguments, name), (batch, length, channels))
-    _check_shape("A", arguments.A, (channels, state))
+    state = A.shape[1]
+    rows = (("delta", arguments.delta), ("gate", arguments.gate))
+    for name, value in rows:
+        _check_shape(name, value, (batch, length, channels))
+    _check_shape("A", A, (channels, state))
     if state < 1:
-        raise _wrong("A", arguments.A, "at least one state")
-    _check_projections(arguments)
-    for name in ("skip", "delta_bias"):
-        _check_shape(name, getattr(arguments, name), (channels,))
+        raise _wrong("A", A, "at least one state")
+    projections = (("B", arguments.B), ("C", arguments.C))
+    for name, projection in projections:
+        _check_projection(name, projection, arguments)
+    if arguments.B.shape[2] != arguments.C.shape[2]:
+        raise _wrong("C", arguments.C, f"as many groups as B, which has {arguments.B.shape[2]}")
+    vectors = (("skip", arguments.skip), ("delta_bias", arguments.delta_bias))
+    for name, value in vectors:
+        _check_shape(name, value, (channels,))
     _check_shape("h0", arguments.h0, (batch, channels, state))
-    _check_types(arguments)
-    _check_rows(arguments)
+    for name, value in (("u", u), *rows, *projections):
+        if value is not None:
+            _check_activation(name, value)
+    _check_types(arguments, (*rows, ("A", A), *projections, *vectors, ("h0", arguments.h0)))
     _check_options(arguments)
 
 
-def _check_projections(arguments: ScanArguments) -> None:
+def check_rows(name: str, value: Tensor, u: Tensor) -> None:
+    """Refuse rows that do not lie beside u.
+
+    Raises:
+        KernelError: shape, type, strides or device.
+    """
+    _check_shape(name, value, u.shape)
+    _check_activation(name, value)
+    _check_device(name, value, u)
+
+
+def _check_projection(name: str, value: Tensor, arguments: ScanArguments) -> None:
     batch, length, channels = arguments.u.shape
-    state = arguments.A.shape[1]
-    for name in ("B", "C"):
-        value: Tensor = getattr(arguments, name)
-        if value.dim() != 4:
-            raise _wrong(name, value, "(batch, length, groups, state) or (batch, length, state)")
-        groups = value.shape[2]
-        _check_shape(name, value, (batch, length, groups, state))
-        if groups < 1 or channels % groups:
-            raise _wrong(name, value, f"a number of groups that divides {channels} channels")
-    if arguments.B.shape[2] != arguments.C.shape[2]:
-        raise _wrong("C", arguments.C, f"as many groups as B, which has {arguments.B.shape[2]}")
+    if value.dim() != 4:
+        raise _wrong(name, value, "(batch, length, groups, state) or (batch, length, state)")
+    groups = value.shape[2]
+    _check_shape(name, value, (batch, length, groups, arguments.A.shape[1]))
+    if groups < 1 or channels % groups:
+        raise _wrong(name, value, f"a number of groups that divides {channels} channels")
 
 
-def _check_types(arguments: ScanArguments) -> None:
-    for name in ("u", "delta", "B", "C", "gate"):
-        value = getattr(arguments, name)
-        if value is not None and value.dtype not in ACTIVATION_DTYPES:
-            raise _wrong(name, value, "float32, bfloat16, float16 or float64")
-    for name in ("A", "skip", "delta_bias", "h0"):
-        value = getattr(arguments, name)
-        if value is not None and not value.dtype.is_floating_point:
+def _check_activation(name: str, value: Tensor) -> None:
+    if value.dtype not in ACTIVATION_DTYPES:
+        raise _wrong(name, value, "float32, bfloat16, float16 or float64")
+    strides = value.stride()
+    if strides[-1] == 1 or strides[1] == 1 or value.numel() == 0:
+        return
+    if value.shape[-1] != 1 and value.shape[1] != 1:
+        raise KernelError(
+            f"{name} of shape {tuple(value.shape)} has strides {strides}: "
+            "neither its last dimension nor its tokens lie next to each other in memory; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def _check_types(arguments: ScanArguments, tensors: tuple[tuple[str, Tensor | None], ...]) -> None:
+    """Parameters and state are real, and everything is where u is."""
+    for name, value in (*tensors, ("order", arguments.order)):
+        if value is None:
+            continue
+        _check_device(name, value, arguments.u)
+        if name != "order" and not value.dtype.is_floating_point:
             raise _wrong(name, value, "a real floating-point type")
-    for name in ("delta", "A", "B", "C", "skip", "gate", "delta_bias", "h0", "order"):
-        value = getattr(arguments, name)
-        if value is not None and value.device != arguments.u.device:
-            raise KernelError(
-                f"{name} is on {value.device} but u is on {arguments.u.device}; "
-                "move all arguments of the scan to one device"
-            )
     if arguments.out_dtype not in ACTIVATION_DTYPES:
         raise KernelError(f"out_dtype is {arguments.out_dtype}; give a real floating-point type")
 
 
-def _check_rows(arguments: ScanArguments) -> None:
-    for name in ("u", "delta", "gate", "B", "C"):
-        value = getattr(arguments, name)
-        if value is None or value.numel() == 0:
-            continue
-        inner, outer = value.stride(-1), value.stride(1)
-        if inner != 1 and outer != 1 and value.shape[-1] != 1 and value.shape[1] != 1:
-            raise KernelError(
-                f"{name} of shape {tuple(value.shape)} has strides {tuple(value.stride())}: "
-                "neither its last dimension nor its tokens lie next to each other in memory; "
-                f"pass {name}.contiguous()"
-            )
+def _check_device(name: str, value: Tensor, u: Tensor) -> None:
+    if value.device != u.device:
+        raise KernelError(
+            f"{name} is on {value.device} but u is on {u.device}; "
+            "move all arguments of the scan to one device"
+        )
 
 
 def _check_options(arguments: ScanArguments) -> None:
@@ -201,18 +215,19 @@ def _check_options(arguments: ScanArguments) -> None:
             raise _wrong("order", order, f"a permutation of {length} tokens as integers")
         if length > MAX_ORDER_LENGTH:
             raise KernelError(f"order has {length} entries; at most {MAX_ORDER_LENGTH} fit")
-    for name in ("reset_every", "segment"):
-        if getattr(arguments, name) < 0:
-            raise KernelError(f"{name} is {getattr(arguments, name)}; give 0 (off) or a length")
-    if arguments.segment and arguments.reset_every % arguments.segment:
+    reset_every, segment = arguments.reset_every, arguments.segment
+    for name, value in (("reset_every", reset_every), ("segment", segment)):
+        if not isinstance(value, (int, torch.SymInt)) or value < 0:
+            raise KernelError(f"{name} is {value!r}; give 0 (off) or a length")
+    if segment and reset_every % segment:
         raise KernelError(
-            f"reset_every is {arguments.reset_every} and segment is {arguments.segment}; "
+            f"reset_every is {reset_every} and segment is {segment}; "
             "a reset must fall between two segments: make it a multiple of the segment"
         )
 
 
 def _check_shape(name: str, value: Tensor | None, expected: tuple[int, ...]) -> None:
-    if value is not None and tuple(value.shape) != tuple(expected):
+    if value is not None and value.shape != expected:
         raise _wrong(name, value, f"shape {tuple(expected)}")
 
 

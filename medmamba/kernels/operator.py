@@ -16,15 +16,17 @@ from torch.nn import functional
 from medmamba.errors import KernelError
 from medmamba.kernels import triton_cut
 from medmamba.kernels.arguments import (
+    MAX_ORDER_LENGTH,
     Gradients,
     Needs,
     ScanArguments,
     check_arguments,
+    check_rows,
     empty_rows,
 )
 from medmamba.kernels.backend import choose
 from medmamba.kernels.placement import is_on_gpu
-from medmamba.kernels.scan_order import ScanOrder
+from medmamba.kernels.scan_order import INTEGERS, ScanOrder, require_permutation
 
 _TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? skip, Tensor? gate, " + (
     "Tensor? delta_bias, Tensor? h0, Tensor? order"
@@ -41,6 +43,7 @@ _BACKWARD = (
     f"{_TENSORS}, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 _DIFFERENTIABLE = len(Needs._fields)
+_REQUIRED = 5  # the first of them: u, delta, A, B, C
 _NAMES = (
     *Needs._fields,
     "order",
@@ -91,7 +94,8 @@ def selective_scan(
         h0: initial state (batch, channels, state), differentiable.
         return_last_state: return (out, h_last); h_last is differentiable.
         out_dtype: type of the output; u's when omitted.
-        order: a scan order or a table of token indices by position; raster when omitted.
+        order: a scan order or a table of token indices by position; raster when omitted. A table is
+            looked through at every call, which a GPU must wait for; a scan order once.
         reset_every: zero the state every so many positions; overrides the order's own when not 0.
         segment: length of local-bidirectional segments; 0 is a causal scan.
         layout: "channels_last", or "channels_first" for (batch, channels, length) and
@@ -106,7 +110,7 @@ def selective_scan(
     if layout == "channels_first":
         u, delta = _tokens_first("u", u), _tokens_first("delta", delta)
         gate = None if gate is None else _tokens_first("gate", gate)
-        B, C = (projection.movedim(-1, 1) for projection in (B, C))
+        B, C = _projection_by_token("B", B), _projection_by_token("C", C)
     elif layout != "channels_last":
         raise KernelError(f"layout is {layout!r}; give 'channels_last' or 'channels_first'")
     if isinstance(order, ScanOrder):
@@ -117,14 +121,19 @@ def selective_scan(
         delta_softplus=delta_softplus,
         reset_every=reset_every,
         segment=segment,
-        out_dtype=u.dtype if out_dtype is None else out_dtype,
+        out_dtype=out_dtype,
     )
     check_arguments(arguments)
+    if isinstance(order, Tensor) and not torch.compiler.is_compiling():
+        require_permutation(order)
     values = [getattr(arguments, name) for name in _NAMES]
     tracked = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in values[:_DIFFERENTIABLE]
     )
-    out, h_last, _ = _SCAN(*values, tracked)
+    if tracked or torch.compiler.is_compiling():
+        out, h_last, _ = _SCAN(*values, tracked)
+    else:  # nothing for autograd to do, whose Python costs as much as a short scan
+        out, h_last, _ = _below_autograd(_SCAN, (*values, False))
     if layout == "channels_first":
         out = out.mT
     return (out, h_last) if return_last_state else out
@@ -234,16 +243,33 @@ def selective_scan_multi(
         total = part if total is None else total + part
     assert total is not None
     if gate is not None:
+        check_rows("gate", gate, u)
         total = total * functional.silu(gate.to(dtype))
     return total.to(u.dtype)
 
 
 def _tokens_first(name: str, rows: Tensor) -> Tensor:
+    _require_tensor(name, rows)
     if rows.dim() != 3:
         raise KernelError(
             f"{name} has shape {tuple(rows.shape)}; expected (batch, channels, length)"
         )
     return rows.mT
+
+
+def _projection_by_token(name: str, projection: Tensor) -> Tensor:
+    _require_tensor(name, projection)
+    if projection.dim() not in (3, 4):
+        raise KernelError(
+            f"{name} has shape {tuple(projection.shape)}; "
+            "expected (batch, groups, state, length) or (batch, state, length)"
+        )
+    return projection.movedim(-1, 1)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise KernelError(f"{name} is {type(value).__name__}; expected a tensor")
 
 
 def _canonical(
@@ -253,40 +279,54 @@ def _canonical(
     delta_softplus: bool,
     reset_every: int,
     segment: int,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
 ) -> ScanArguments:
     """Give B and C their group dimension, and parameters and state the compute type."""
-    named = dict(zip(Needs._fields, tensors, strict=True))
-    wide = any(
-        tensor is not None and tensor.dtype is torch.float64
-        for name, tensor in named.items()
-        if name in ("u", "delta", "B", "C", "gate")
-    )
-    dtype = torch.float64 if wide else torch.float32
-    for name in ("A", "skip", "delta_bias", "h0"):
-        value = named[name]
-        if value is not None and value.dtype.is_floating_point:
-            named[name] = value.to(dtype)
-    for name in ("B", "C"):
-        value = named[name]
-        if value is not None and value.dim() == 3:
-            named[name] = value.unsqueeze(2)
-    reverse = False
-    table = order
+    for at, value in enumerate(tensors):
+        if not isinstance(value, Tensor) and (value is not None or at < _REQUIRED):
+            _require_tensor(Needs._fields[at], value)
+    u, delta, A, B, C, skip, gate, delta_bias, h0 = tensors
+    assert u is not None and delta is not None and A is not None
+    assert B is not None and C is not None
+    wide = torch.float64
+    activations = (u, delta, B, C) if gate is None else (u, delta, B, C, gate)
+    dtype = wide if any(value.dtype is wide for value in activations) else torch.float32
+    table, reverse = order, False
     if isinstance(order, ScanOrder):
         table, reverse = order.index, order.reverse
     assert not isinstance(table, ScanOrder)
-    if table is not None and not table.dtype.is_floating_point:
-        table = table.to(torch.int32)
     return ScanArguments(
-        **named,  # type: ignore[arg-type]
-        order=table,
+        u=u,
+        delta=delta,
+        A=_wide(A, dtype),
+        B=B.unsqueeze(2) if B.dim() == 3 else B,
+        C=C.unsqueeze(2) if C.dim() == 3 else C,
+        skip=None if skip is None else _wide(skip, dtype),
+        gate=gate,
+        delta_bias=None if delta_bias is None else _wide(delta_bias, dtype),
+        h0=None if h0 is None else _wide(h0, dtype),
+        order=None if table is None else _short(table),
         reverse=reverse,
         delta_softplus=delta_softplus,
         reset_every=reset_every,
         segment=segment,
-        out_dtype=out_dtype,
+        out_dtype=u.dtype if out_dtype is None else out_dtype,
     )
+
+
+def _wide(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter or state in the compute type; what is not real is left for the check to name."""
+    if parameter.dtype is dtype or not parameter.dtype.is_floating_point:
+        return parameter
+    return parameter.to(dtype)
+
+
+def _short(table: Tensor) -> Tensor:
+    """An order as int32. Tokens that no int32 holds become one that is certainly wrong."""
+    _require_tensor("order", table)
+    if table.dtype is torch.int64:
+        return table.clamp(-1, MAX_ORDER_LENGTH).to(torch.int32)
+    return table.to(torch.int32) if table.dtype in INTEGERS else table
 
 
 def _forward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,11 @@ Some layers have a form for CPUs, which keeps other tensors for the backward pas
 one. Whoever counts what a GPU would need asks for the common forms on fake CPU tensors.
 """
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from torch import Tensor
 
@@ -36,3 +38,13 @@ def is_fake(tensor: Tensor) -> bool:
 def on_cpu(tensor: Tensor) -> bool:
     """Tell whether a tensor is to be worked on by a CPU."""
     return tensor.device.type == "cpu" and not _gpu.get()
+
+
+def processor_name() -> str:
+    """Name of the processor, as the system gives it."""
+    table = Path("/proc/cpuinfo")
+    if table.exists():
+        for line in table.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from medmamba.errors import KernelError
+from medmamba.kernels.placement import is_fake
 
 Shape = tuple[int, ...]
 WINDOW = 8  # voxels; side of a local window
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,11 +31,19 @@ class ScanOrder:
         index: int32 table (length,), token visited at each position; None is raster order.
         reverse: walk from the last position to the first.
         reset_every: the state is zeroed every so many positions; 0 never.
+
+    Raises:
+        KernelError: the table visits a token twice, or one that does not exist.
     """
 
     index: Tensor | None = None
     reverse: bool = False
     reset_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Look through the table, once for all scans: kernels trust it."""
+        if self.index is not None and not torch.compiler.is_compiling():
+            require_permutation(self.index)
 
     def reversed(self) -> ScanOrder:
         """The same walk backwards."""
@@ -47,6 +57,34 @@ class ScanOrder:
         """Token of each position as int64, with the direction applied."""
         index = torch.arange(length) if self.index is None else self.index.long()
         return index.flip(0) if self.reverse else index
+
+
+def require_permutation(index: Tensor) -> None:
+    """Refuse a table that is no permutation; one without values, of an estimate, passes.
+
+    Raises:
+        KernelError: names the first position that is wrong.
+    """
+    if index.dim() != 1 or index.dtype not in INTEGERS:
+        raise KernelError(
+            f"order has shape {tuple(index.shape)} and type {index.dtype}; "
+            "expected a permutation of the tokens as integers"
+        )
+    if is_fake(index):
+        return
+    tokens = index.long()
+    wrong = (tokens < 0) | (tokens >= len(tokens))
+    if not wrong.any():
+        seen = torch.zeros_like(wrong)
+        seen[tokens] = True
+        if seen.all():
+            return
+        ranked, position = torch.sort(tokens, stable=True)
+        wrong[position[1:][ranked[1:] == ranked[:-1]]] = True
+    first = int(wrong.nonzero()[0])
+    raise KernelError(
+        f"order is not a permutation of the tokens: position {first} holds {int(tokens[first])}"
+    )
 
 
 def scan_orders(

@@ -22,6 +22,7 @@ from medmamba.kernels import (
     selective_scan_multi,
 )
 from medmamba.kernels.arguments import Needs
+from medmamba.kernels.backend import VARIABLE
 
 SCAN = torch.ops.medmamba.selective_scan.default
 
@@ -252,6 +253,9 @@ def test_multi_sums_its_directions() -> None:
     torch.testing.assert_close(found, expected)
     with pytest.raises(KernelError, match="directions"):
         selective_scan_multi(leaves["u"], deltas, A, B, C, orders=orders[:2])
+    with pytest.raises(KernelError, match=r"gate has shape \(2, 5, 16\)"):
+        gate = torch.zeros(2, 5, 16)
+        selective_scan_multi(leaves["u"], deltas, A, B, C, orders=orders, gate=gate)
 
 
 def test_second_order_is_refused() -> None:
@@ -279,9 +283,51 @@ BAD = {
     "h0": (torch.zeros(2, 3, 4), r"h0 has shape \(2, 3, 4\).*\(2, 4, 3\)"),
     "order": (torch.zeros(5, dtype=torch.int64), r"order has shape \(5,\)"),
     "reset_every": (-1, "reset_every is -1"),
+    "segment": ("4", "segment is '4'; give 0"),
     "layout": ("rows", "layout is 'rows'"),
     "out_dtype": (torch.int32, "out_dtype"),
 }
+
+
+TABLES = {
+    "twice": (torch.tensor([0, 1, 2, 2, 4, 5]), "position 3 holds 2"),
+    "beyond": (torch.tensor([0, 1, 2, 3, 4, 6]), "position 5 holds 6"),
+    "negative": (torch.tensor([-1, 1, 2, 3, 4, 5]), "position 0 holds -1"),
+    "beyond 32 bits": (torch.arange(6) + 2**33, "position 0 holds 8589934592"),
+    "broken": (torch.arange(6.0), "float32"),
+    "boolean": (torch.zeros(6, dtype=torch.bool), "bool"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+def test_an_order_is_a_permutation(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, backend)
+    table, message = TABLES[kind]
+    with pytest.raises(KernelError, match=f"order .*{message}"):
+        selective_scan(**good(), order=table)
+    with pytest.raises(KernelError, match=f"order .*{message}"):
+        ScanOrder(index=table)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("B", torch.zeros(3), r"B has shape \(3,\); expected \(batch, groups, state, length\)"),
+        ("gate", torch.zeros(2, 6), r"gate has shape \(2, 6\); expected \(batch, channels"),
+        ("A", None, "A is NoneType; expected a tensor"),
+        ("u", [[1.0]], "u is list; expected a tensor"),
+    ],
+)
+def test_bad_arguments_are_named_channels_first(name: str, value: object, message: str) -> None:
+    values = {
+        key: tensor.movedim(1, -1) if key in (*ACTIVATIONS, "gate") else tensor
+        for key, tensor in good().items()
+    }
+    with pytest.raises(KernelError, match=message):
+        selective_scan(**{**values, name: value}, layout="channels_first")
 
 
 @pytest.mark.parametrize("name", BAD)
