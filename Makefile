@@ -5,19 +5,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-walkthroughs test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
+.PHONY: viewer dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-walkthroughs test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## create .venv with everything needed to use, test and change medmamba
 
+FETCH_VIEWER = $(BIN)/python cli/report/fetch_viewer.py $(PACKAGE)
+
 # torch is named in the same call as everything else, so that pip never replaces it.
 $(STAMP): pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[demo,dev]'
+	@$(FETCH_VIEWER) || echo "reports will have no interactive viewer; 'make viewer' tries again"
 	@touch $@
+
+viewer: setup ## fetch NiiVue (npm, pinned by hash) for interactive reports; PACKAGE=file where npm reaches nothing
+	$(FETCH_VIEWER)
 
 build: ## rebuild the native scan kernel and the installed presets
 	rm -rf build

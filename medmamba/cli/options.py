@@ -80,6 +80,13 @@ MaxVoxels = Annotated[
     int | None,
     typer.Option("--max-voxels", min=1, help="Reject files with more (default: 2 000 000 000)."),
 ]
+ReportInteractive = Annotated[
+    bool,
+    typer.Option(
+        "--report-interactive",
+        help="Put the viewer NiiVue into the page, to scroll and turn cases (up to 40).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 

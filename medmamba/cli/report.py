@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import Json
+from medmamba.cli.options import Json, ReportInteractive
 
 
 def report(
@@ -19,6 +19,7 @@ def report(
             "--input", "-i", metavar="IN", help="What was predicted, to show it under the masks."
         ),
     ] = None,
+    interactive: ReportInteractive = False,
     as_json: Json = False,
 ) -> None:
     """Write OUT/report.html and OUT/summary.csv from the records; nothing is segmented again.
@@ -28,7 +29,7 @@ def report(
     """
     from medmamba.reporting import write_report
 
-    outcome = write_report(output, images=images)
+    outcome = write_report(output, images=images, interactive=interactive)
     if as_json:
         from medmamba.files import to_json
 

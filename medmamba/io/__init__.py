@@ -41,6 +41,7 @@ __all__ = [
     "SourceHeader",
     "check_file",
     "content_hash",
+    "encode_image",
     "holds_dicom",
     "is_dicom",
     "judge_image",
@@ -233,6 +234,13 @@ def write_image(path: Path | str, values: NDArray[Any], geometry: Geometry) -> N
     plane = FORMATS[suffix].endswith("picture") and geometry.shape[0] == 1
     source = SourceHeader(format="", suffix=suffix, dimension=2 if plane else 3, geometry=geometry)
     _module(path).write(path, np.ascontiguousarray(values, dtype=kind), source)
+
+
+def encode_image(values: NDArray[np.generic], geometry: Geometry) -> bytes:
+    """One channel (D, H, W) of integers as the bytes of a ``.nii.gz`` without a name."""
+    from medmamba.io.nifti import encode
+
+    return encode(values, geometry)
 
 
 def _as_stored_labels(labels: NDArray[Any], source: SourceHeader) -> NDArray[np.integer[Any]]:

@@ -183,17 +183,28 @@ def write(
     label_text: str | None = None,
 ) -> None:
     """Write labels (D, H, W) of the final type with the source's transforms, codes and units."""
-    header = _output_header(source, labels)
-    parts: list[bytes | memoryview] = [_extension(label_text)]
-    header["vox_offset"] = header.sizeof_hdr + len(parts[0])
-    parts.insert(0, header.binaryblock)
-    little = labels.astype(labels.dtype.newbyteorder("<"), copy=False)
-    parts.append(np.ascontiguousarray(little).data.cast("B"))
     compressed = path.name.lower().endswith(".gz")
+    parts = _encoded(labels, source, label_text)
     write_atomic(path, compress_gzip(parts) if compressed else b"".join(parts))
 
 
-def _output_header(source: SourceHeader, labels: NDArray[np.integer[Any]]) -> Any:
+def encode(values: NDArray[np.generic], geometry: Geometry) -> bytes:
+    """Values (D, H, W) of the final type on their grid as the bytes of a ``.nii.gz``."""
+    source = SourceHeader(format="", suffix=".nii.gz", dimension=3, geometry=geometry)
+    return compress_gzip(_encoded(values, source))
+
+
+def _encoded(
+    values: NDArray[np.generic], source: SourceHeader, label_text: str | None = None
+) -> list[bytes | memoryview]:
+    header = _output_header(source, values)
+    extension = _extension(label_text)
+    header["vox_offset"] = header.sizeof_hdr + len(extension)
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return [header.binaryblock, extension, np.ascontiguousarray(little).data.cast("B")]
+
+
+def _output_header(source: SourceHeader, labels: NDArray[np.generic]) -> Any:
     """A fresh header: only grid fields are copied, never text that may name people."""
     # Reading needs only our own parser, so nibabel is imported where labels are written.
     import nibabel  # noqa: TID251

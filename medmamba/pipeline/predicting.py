@@ -23,6 +23,7 @@ from medmamba.pipeline.cluster import ENGINES, Engine
 from medmamba.pipeline.predictors import describe_settings, make_predictor
 from medmamba.pipeline.run_report import report_run
 from medmamba.preprocessing.memory_gate import available_bytes
+from medmamba.reporting.viewer import require_viewer
 
 if TYPE_CHECKING:
     from medmamba.inference.casework import OnTiles
@@ -105,6 +106,7 @@ def predict(
     labels_for: Sequence[str] = (),
     cpu_fallback: bool = False,
     report: bool = True,
+    report_interactive: bool = False,
     gate: Gate = DEFAULT_GATE,
     max_ram_bytes: int | None = None,
     metrics: Path | str | None = None,
@@ -144,6 +146,7 @@ def predict(
         labels_for: viewers, ``slicer`` or ``itksnap``, that get a file of names and colours.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
         report: write ``run/<run>/report.html``, a page with pictures of every case.
+        report_interactive: with a viewer in it for the cases that need looking at most.
         gate: limits and permissions of reading; a strict one also computes every tile.
         max_ram_bytes: reject a case that takes more memory; what is free now when None.
         metrics: text file for Prometheus, rewritten every few seconds.
@@ -171,6 +174,10 @@ def predict(
         raise UsageError(f"step {step}: a fraction of the patch, above 0 and at most 1.")
     if engine not in ENGINES:
         raise UsageError(f"engine '{engine}': choose one of {', '.join(ENGINES)}.")
+    if report_interactive:
+        if not report:
+            raise UsageError("an interactive report and no report at all: choose one.")
+        require_viewer()  # before hours of work, not after them
     on_ray = engine == "ray"
     options: dict[str, Any] = {
         "mirror": mirror, "step": step, "precision": precision, "device": device,
@@ -241,7 +248,8 @@ def predict(
                 on_ready=lambda about: announce(about["settings"]), **books,
             )  # fmt: skip
     # After a signal there is no time for pictures.
-    page = report_run(run, cases) if report and not drain.requested else None
+    wants_page = report and not drain.requested
+    page = report_run(run, cases, interactive=report_interactive) if wants_page else None
     return PredictOutcome(run=run, report=page)
 
 

@@ -19,7 +19,9 @@ MAX_REPORTED = 20_000
 """Cases of a run whose records may be in memory at once for a page."""
 
 
-def report_run(run: "PredictionRun", cases: Iterable[Work]) -> Path | None:
+def report_run(
+    run: "PredictionRun", cases: Iterable[Work], *, interactive: bool = False
+) -> Path | None:
     """Write ``run/<run>/report.html``; None where there is nothing to show, or too much.
 
     Masks are done by then, so no trouble here may cost them: it is logged.
@@ -33,7 +35,9 @@ def report_run(run: "PredictionRun", cases: Iterable[Work]) -> Path | None:
         records = run.records
         if not records:
             return None
-        return write_page(path, records, run.folder, known, title=run.run_id).path
+        return write_page(
+            path, records, run.folder, known, title=run.run_id, interactive=interactive
+        ).path
     except Exception as problem:
         kind = type(problem).__name__
         logger.warning("no report of the run (%s); `medmamba report` tries again", kind)

@@ -14,6 +14,7 @@ from medmamba.evaluation.palette import label_colors
 from medmamba.inference.records import CaseError, CommitRecord, LabelStatistics, still_holds
 from medmamba.io import TRAINING_GATE, read_image, read_labels, turn
 from medmamba.reporting.pictures import VIEW_CODE, View, draw_case
+from medmamba.reporting.volumes import PackedVolume, pack
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ MAX_ENTRIES = 2000
 """A page of more cases is slow to open; the rest is in the table beside it."""
 MAX_PICTURED = 200
 """More pictures make a file that cannot be sent."""
+MAX_PACKED = 40
+"""Likewise, of cases that can be turned: with images of half a megabyte, some 30 MB."""
 DRAWN_AT_ONCE = 2
 """Cases whose voxels are in memory together."""
 
@@ -47,6 +50,7 @@ class Entry:
     Args:
         flags: number of warnings and remarks; what is looked at first has most.
         without_pictures: why there are none, where there could be.
+        volume: for the interactive viewer.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Entry:
     flags: int
     views: tuple[View, ...] = ()
     without_pictures: str = ""
+    volume: PackedVolume | None = None
 
     @property
     def confidence(self) -> float | None:
@@ -70,21 +75,27 @@ def make_entries(
     folder: Path,
     cases: Mapping[str, Case],
     on_case: Callable[[int, int], None] | None = None,
+    *,
+    interactive: bool = False,
 ) -> list[Entry]:
     """Describe and draw cases, in order of their names.
 
-    Of very many cases those are shown, and of many those are drawn, that need looking at most.
+    Of very many cases those are shown, and of many those are drawn or packed for the viewer, that
+    need looking at most.
 
     Args:
         records: what became of the cases.
         folder: where the masks are.
         cases: images by case, as far as they are known.
         on_case: called after each case with (done, total).
+        interactive: also pack small volumes for the viewer.
     """
     described = {record.case_id: _described(record) for record in records}
     urgent = sorted(records, key=lambda record: _urgency(described[record.case_id]))
     shown = sorted(urgent[:MAX_ENTRIES], key=lambda record: record.case_id)
-    pictured = {record.case_id for record in [r for r in urgent if r.succeeded][:MAX_PICTURED]}
+    drawable = [record.case_id for record in urgent if record.succeeded]
+    pictured = set(drawable[:MAX_PICTURED])
+    packed = set(drawable[:MAX_PACKED] if interactive else ())
 
     def finish(record: CommitRecord) -> Entry:
         entry = described[record.case_id]
@@ -92,7 +103,8 @@ def make_entries(
             return entry
         if record.case_id not in pictured:
             return replace(entry, without_pictures="not among the cases that are drawn")
-        return _pictured(entry, record, folder, cases.get(record.case_id))
+        name = record.case_id
+        return _pictured(entry, record, folder, cases.get(name), packs=name in packed)
 
     entries = []
     for done, entry in enumerate(_mapped(finish, shown), 1):
@@ -149,27 +161,35 @@ def _urgency(entry: Entry) -> tuple[bool, int, float, str]:
     return entry.error is None, -entry.flags, confidence, entry.name
 
 
-def _pictured(entry: Entry, record: CommitRecord, folder: Path, case: Case | None) -> Entry:
+def _pictured(
+    entry: Entry, record: CommitRecord, folder: Path, case: Case | None, *, packs: bool
+) -> Entry:
     if record.output is None or not still_holds(record, folder):
         text = "W_MASK_CHANGED: the mask is missing or was edited after prediction"
         return replace(entry, warnings=(*entry.warnings, text), flags=entry.flags + 1)
     try:
-        return replace(entry, views=_draw(record, folder / record.output.name, case))
+        views, volume = _draw(record, folder / record.output.name, case, packs=packs)
     except MedMambaError as problem:
         logger.warning("case %s: no pictures (%s)", record.case_id, problem.message)
         return replace(entry, without_pictures=f"{problem.code}: the files could not be read again")
+    return replace(entry, views=views, volume=volume)
 
 
-def _draw(record: CommitRecord, mask: Path, case: Case | None) -> tuple[View, ...]:
+def _draw(
+    record: CommitRecord, mask: Path, case: Case | None, *, packs: bool
+) -> tuple[tuple[View, ...], PackedVolume | None]:
     labels, header = read_labels(mask, gate=TRAINING_GATE)
     turned, _ = turn(labels, header, VIEW_CODE)
     values = np.asarray(turned.array[0])
     colors = label_colors([item.name for item in record.labels])
-    by_value = {value: colors[item.name] for item in record.labels for value in item.values}
+    shown = {value: (item.name, colors[item.name]) for item in record.labels
+             for value in item.values}  # fmt: skip
+    by_value = {value: color for value, (_, color) in shown.items()}
     under = None
     if case is not None:
         # On the file's own grid, as the mask is.
         image, source = read_image(case.images[0], gate=case.gate(TRAINING_GATE))
-        shown = turn(image, source, VIEW_CODE)[0].array[0]
-        under = np.asarray(shown, np.float32) if shown.shape == values.shape else None
-    return draw_case(under, values, turned.geometry.spacing_mm, by_value)
+        over = turn(image, source, VIEW_CODE)[0].array[0]
+        under = np.asarray(over, np.float32) if over.shape == values.shape else None
+    views = draw_case(under, values, turned.geometry.spacing_mm, by_value)
+    return views, pack(under, values, turned.geometry, shown) if packs else None

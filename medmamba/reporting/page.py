@@ -13,11 +13,12 @@ from pathlib import Path
 from medmamba import __version__
 from medmamba.dataset import Case, find_cases
 from medmamba.errors import UsageError
-from medmamba.files import to_csv, write_atomic
+from medmamba.files import to_csv, to_plain, write_atomic
 from medmamba.inference.journal import SUMMARY_COLUMNS, summary_rows
 from medmamba.inference.records import CommitRecord, read_record, records_folder
 from medmamba.reporting.entries import Entry, LabelLine, make_entries
-from medmamba.reporting.template import PAGE, SCRIPT, SCRIPT_HASH, STYLE
+from medmamba.reporting.template import PAGE, SCRIPT, STYLE
+from medmamba.reporting.viewer import STARTER, VIEWER_STYLE, licences, policy_hash, require_viewer
 
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.csv"
@@ -41,18 +42,24 @@ class ReportOutcome:
 
 
 def write_report(
-    folder: Path, *, images: Path | None = None, on_case: Callable[[int, int], None] | None = None
+    folder: Path,
+    *,
+    images: Path | None = None,
+    interactive: bool = False,
+    on_case: Callable[[int, int], None] | None = None,
 ) -> ReportOutcome:
     """Write the page and the table of everything in an output folder.
 
     Args:
         folder: where masks and records are.
         images: what was predicted, to show the images under the masks.
+        interactive: put the viewer and small volumes into the page.
         on_case: called after each case with (done, total).
 
     Raises:
         UsageError: the folder holds no record.
-        EnvironmentFault: the folder cannot be written.
+        EnvironmentFault: the folder cannot be written, or the viewer is not installed.
+        SecurityError: the viewer's file is not the pinned one.
     """
     folder = records_folder(folder)
     records = [
@@ -64,8 +71,9 @@ def write_report(
         raise UsageError(f"{folder}: holds no record of a predicted case. Give the output folder.")
     write_atomic(folder / SUMMARY_FILE, to_csv(SUMMARY_COLUMNS, summary_rows(records)))
     return write_page(
-        folder / REPORT_FILE, records, folder, _cases_of(images, records), on_case=on_case
-    )
+        folder / REPORT_FILE, records, folder, _cases_of(images, records),
+        interactive=interactive, on_case=on_case,
+    )  # fmt: skip
 
 
 def write_page(
@@ -75,6 +83,7 @@ def write_page(
     cases: Mapping[str, Case],
     *,
     title: str = "",
+    interactive: bool = False,
     on_case: Callable[[int, int], None] | None = None,
 ) -> ReportOutcome:
     """Write a page about these records.
@@ -85,18 +94,23 @@ def write_page(
         folder: where the masks are.
         cases: images by case, as far as they are known.
         title: name of the run, if the page is about one.
+        interactive: put the viewer and small volumes into the page.
         on_case: called after each case with (done, total).
 
     Raises:
-        EnvironmentFault: the page cannot be written.
+        EnvironmentFault: the page cannot be written, or the viewer is not installed.
+        SecurityError: the viewer's file is not the pinned one.
     """
-    entries = make_entries(records, folder, cases, on_case)
-    write_atomic(path, _render(records, entries, title))
+    scripts = [SCRIPT, *((require_viewer(), STARTER) if interactive else ())]
+    entries = make_entries(records, folder, cases, on_case, interactive=interactive)
+    write_atomic(path, _render(records, entries, title, scripts))
     pictured = sum(bool(entry.views) for entry in entries)
     return ReportOutcome(path=path, cases=len(records), pictures=pictured)
 
 
-def _render(records: Sequence[CommitRecord], entries: list[Entry], title: str) -> str:
+def _render(
+    records: Sequence[CommitRecord], entries: list[Entry], title: str, scripts: list[str]
+) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -114,11 +128,13 @@ def _render(records: Sequence[CommitRecord], entries: list[Entry], title: str) -
         models=sorted({record.model.name for record in records if record.model}),
         more_labels=len(names) - len(columns),
         title=title,
-        script=SCRIPT,
-        script_hash=SCRIPT_HASH,
-        style=STYLE,
+        scripts=scripts,
+        script_hashes=[policy_hash(script) for script in scripts],
+        style=STYLE + VIEWER_STYLE if len(scripts) > 1 else STYLE,
+        licences=licences() if len(scripts) > 1 else "",
         version=__version__,
         anchor=_anchor,
+        plain=to_plain,
     )
 
 

@@ -57,7 +57,7 @@ def draw_case(
         colors: label value -> ``#rrggbb``; other values are not drawn.
     """
     grey = np.zeros(labels.shape, np.uint8) if image is None else to_grey(image)
-    at = _middle(labels)
+    at = middle_of(labels)
     depth, height, width = spacing_mm
     planes = (
         ("axial", np.s_[at[0], :, :], (height, width)),
@@ -84,7 +84,7 @@ def to_grey(image: NDArray[np.float32]) -> NDArray[np.uint8]:
     return grey
 
 
-def _middle(labels: NDArray[np.integer[Any]]) -> tuple[int, int, int]:
+def middle_of(labels: NDArray[np.integer[Any]]) -> tuple[int, int, int]:
     """Where a plane shows most foreground, along each axis; the middle of an empty mask."""
     mask = labels > 0
     if not mask.any():

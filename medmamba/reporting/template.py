@@ -1,8 +1,5 @@
 """The page: one file without references to anything outside, safe under a strict policy."""
 
-import base64
-import hashlib
-
 SCRIPT = """
 for (const head of document.querySelectorAll("th[data-kind]")) {
   head.tabIndex = 0;
@@ -26,9 +23,6 @@ for (const head of document.querySelectorAll("th[data-kind]")) {
   });
 }
 """
-
-SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-"""The policy allows this script and no other."""
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5f6b7a; --line: #dfe4ea; --paper: #fff;
@@ -86,7 +80,8 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}'; base-uri 'none'; \
+style-src 'unsafe-inline'; script-src\
+{% for hash in script_hashes %} 'sha256-{{ hash }}'{% endfor %}; base-uri 'none'; \
 form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Segmentation report</title>
@@ -158,6 +153,11 @@ below{% endif %}. Click a heading to sort.</p>
 alt="{{ view.title }} view of {{ entry.name }}"><figcaption>{{ view.title }}</figcaption></figure>
 {%- endfor %}
 </div>
+{%- if entry.volume %}
+<p class="legend" data-needs-webgl>This browser offers no WebGL2: the pictures stay as they are.</p>
+<script type="application/json" data-volume="{{ anchor(entry.name) }}">\
+{{ plain(entry.volume)|tojson }}</script>
+{%- endif %}
 {%- elif entry.without_pictures %}
 <p class="legend">No pictures: {{ entry.without_pictures }}.</p>
 {%- endif %}
@@ -186,9 +186,15 @@ alt="{{ view.title }} view of {{ entry.name }}"><figcaption>{{ view.title }}</fi
 </section>
 {%- endfor %}
 <footer>medmamba {{ version }}. Pictures follow radiological convention: the patient's right is on \
-the left. The page holds everything it shows and loads nothing.</footer>
+the left. The page holds everything it shows and loads nothing.
+{%- if licences %}
+<details><summary>The viewer is NiiVue; its licences</summary><pre>{{ licences }}</pre></details>
+{%- endif %}
+</footer>
 </main>
+{%- for script in scripts %}
 <script>{{ script|safe }}</script>
+{%- endfor %}
 </body>
 </html>
 """

@@ -2,27 +2,34 @@
 
 import csv
 import dataclasses
+import gzip
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from fakes import MODEL, ThresholdPredictor, image
 from PIL import Image
 
 from medmamba.dataset import Case, Rejection
-from medmamba.errors import UsageError
+from medmamba.errors import EnvironmentFault, SecurityError, UsageError
 from medmamba.files import to_json, write_atomic
 from medmamba.inference.engine import predict_cases
 from medmamba.inference.records import read_record
 from medmamba.labels import UsualVolume
 from medmamba.preprocessing.confidence import Confidence
-from medmamba.reporting import entries, write_report
-from medmamba.volume import Geometry
+from medmamba.reporting import entries, viewer, write_report
+from medmamba.reporting.template import SCRIPT
+from medmamba.volume import Geometry, Volume
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -180,12 +187,107 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def chromium(page: Path, *options: str) -> bytes:
+@pytest.fixture
+def small_viewer(tmp_path: Path, monkeypatch) -> str:
+    """A stand-in for the viewer's library, with what would end a page's script early."""
+    source = 'const tags = "<script>";\n'
+    monkeypatch.setattr(viewer, "NIIVUE_FILE", tmp_path / "niivue.js")
+    monkeypatch.setattr(viewer, "NIIVUE_SHA256", hashlib.sha256(source.encode()).hexdigest())
+    viewer.NIIVUE_FILE.write_text(source)
+    return source
+
+
+def packed_volumes(text: str) -> list[dict[str, Any]]:
+    blocks = re.findall(r'<script type="application/json" [^>]*>\s*(.*?)</script>', text, re.DOTALL)
+    return [json.loads(block) for block in blocks]
+
+
+@pytest.mark.usefixtures("small_viewer")
+def test_the_viewer_gets_the_masks_on_their_places(predicted: Path, tmp_path: Path) -> None:
+    from medmamba.io import read_labels
+
+    path = write_report(predicted, images=predicted.parent / "in", interactive=True).path
+    text = path.read_text(encoding="utf-8")
+    volumes = packed_volumes(text)
+    assert len(volumes) == 4
+    first = volumes[0]
+    (tmp_path / "small.nii.gz").write_bytes(b64decode(first["labels"]))
+    small, _ = read_labels(tmp_path / "small.nii.gz")
+    mask, _ = read_labels(predicted / "case_0.nii.gz")
+    # These masks are small enough to go in whole: the same voxels at the same millimetres.
+    assert volume_and_middle(small) == pytest.approx(volume_and_middle(mask))
+    record = read_record(predicted / "case_0.json")
+    assert record is not None
+    assert first["names"] == ["", *(item.name for item in record.labels)]
+    assert len(first["table"]["R"]) == len(first["names"])
+
+
+def volume_and_middle(labels: Volume) -> tuple[float, ...]:
+    """Millilitres of all labels, and where they are, RAS+ millimetres."""
+    voxels = np.argwhere(labels.array[0] > 0)
+    matrix = labels.geometry.matrix
+    middle = voxels.mean(axis=0) @ matrix[:3, :3].T + matrix[:3, 3]
+    return (len(voxels) * labels.geometry.voxel_volume_ml, *middle)
+
+
+@pytest.mark.usefixtures("small_viewer")
+def test_an_interactive_page_lets_only_its_own_scripts_run(predicted: Path) -> None:
+    with_statistics(predicted, "case_0", name="</script><script>alert(1)</script>")
+    text = write_report(predicted, interactive=True).path.read_text(encoding="utf-8")
+    page = Page(text)
+    [policy] = [str(item["content"]) for _, item in page.tags if "http-equiv" in item]
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert scripts == [SCRIPT, 'const tags = "\\x3cscript>";\n', viewer.STARTER]
+    for script in scripts:
+        assert f"'sha256-{viewer.policy_hash(script)}'" in policy
+    assert "alert(1)</script>" not in text
+    assert "</script><script>alert(1)</script>" in packed_volumes(text)[0]["names"]
+    assert "BSD 2-Clause" in page.text
+    assert not any(attributes.get("src", "data:")[:5] != "data:" for _, attributes in page.tags)
+
+
+@pytest.mark.usefixtures("small_viewer")
+def test_of_many_cases_the_first_ones_can_be_turned(predicted: Path, monkeypatch) -> None:
+    monkeypatch.setattr(entries, "MAX_PACKED", 1)
+    text = write_report(predicted, interactive=True).path.read_text(encoding="utf-8")
+    assert len(packed_volumes(text)) == 1
+
+
+def test_large_volumes_are_thinned_out(monkeypatch) -> None:
+    from medmamba.reporting import volumes
+
+    monkeypatch.setattr(volumes, "MAX_VOXELS", 1000)
+    labels = np.zeros((10, 60, 60), np.uint8)
+    labels[4:8, 12:36, 24:48] = 7
+    geometry = Geometry.from_spacing(labels.shape, (6.0, 1.0, 1.0))
+    packed = volumes.pack(None, labels, geometry, {7: ("box", "#ff8000")})
+    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(b64decode(packed.labels)))
+    values = np.asarray(image.dataobj)
+    assert values.shape == (10, 10, 10)
+    assert packed.names[int(values.max())] == "box"
+    centre = nibabel.affines.apply_affine(image.affine, np.argwhere(values > 0).mean(axis=0))
+    assert centre == pytest.approx([35.5, 23.5, 33.0])
+    assert packed.image == ""
+
+
+def test_a_viewer_that_is_missing_or_another_is_refused(predicted: Path, small_viewer) -> None:
+    viewer.NIIVUE_FILE.write_text(small_viewer + "alert(1)")
+    with pytest.raises(SecurityError, match="is not NiiVue"):
+        write_report(predicted, interactive=True)
+    viewer.NIIVUE_FILE.unlink()
+    with pytest.raises(EnvironmentFault, match="make viewer"):
+        write_report(predicted, interactive=True)
+    assert write_report(predicted).pictures == 4
+
+
+def chromium(page: Path, *options: str, fragment: str = "", webgl: bool = False) -> bytes:
     """Let a browser without a network open a page from disk."""
+    drawing = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     command = [
-        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--hide-scrollbars",
+        *(drawing if webgl else ["--disable-gpu", "--disable-3d-apis"]),
         f"--user-data-dir={page.parent / 'profile'}", "--window-size=1240,2000", *options,
-        page.as_uri(),
+        page.as_uri() + fragment,
     ]  # fmt: skip
     done = subprocess.run(command, check=True, timeout=120, capture_output=True, env=os.environ)
     return done.stdout
@@ -217,3 +319,44 @@ def test_a_browser_draws_the_page_from_disk(predicted: Path) -> None:
     for color in ((0xE6, 0x9F, 0x00), (0x56, 0xB4, 0xE9)):
         assert (np.abs(pixels - color).max(axis=2) < 16).sum() > 100
     assert (pixels.max(axis=2) < 60).sum() > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.skipif(not viewer.NIIVUE_FILE.exists(), reason="the viewer was not fetched")
+@pytest.mark.parametrize("webgl", [True, False])
+def test_a_browser_draws_the_viewer_or_keeps_the_pictures(predicted: Path, webgl: bool) -> None:
+    page = write_report(predicted, images=predicted.parent / "in", interactive=True).path
+    [anchor, *_] = re.findall(r'data-volume="([^"]+)"', page.read_text(encoding="utf-8"))
+    shots = {}
+    for name, fragment in (("plain", ""), ("opened", f"#view-{anchor}")):
+        picture = predicted.parent / f"{name}.png"
+        options = (f"--screenshot={picture}", "--virtual-time-budget=15000")
+        chromium(page, *options, fragment=fragment, webgl=webgl)
+        shots[name] = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    dom = chromium(
+        page, "--dump-dom", "--virtual-time-budget=15000", fragment=f"#view-{anchor}", webgl=webgl
+    ).decode()
+    black = {name: int((pixels.max(axis=2) < 8).sum()) for name, pixels in shots.items()}
+    assert ("This browser offers no WebGL2" in dom) is True
+    if not webgl:
+        assert (shots["plain"] == shots["opened"]).all()
+        assert 'data-ready="yes"' not in dom
+        assert '<p class="legend" data-needs-webgl="">' in dom  # shown, not hidden
+        return
+    assert 'data-ready="yes"' in dom
+    assert 'data-needs-webgl="" hidden=""' in dom
+    # The stage of the viewer is black around the planes, and the labels' colours are in it.
+    assert black["opened"] > black["plain"] + 100_000
+    stage = shots["opened"][_stage(shots["plain"], shots["opened"])]
+    saturated = stage.max(axis=2) - stage.min(axis=2) > 60
+    assert saturated.sum() > 3000
+    grey = (stage.max(axis=2) - stage.min(axis=2) < 8) & (stage.max(axis=2) > 40)
+    assert grey.sum() > 10_000
+
+
+def _stage(plain: np.ndarray, opened: np.ndarray) -> slice:
+    """Rows of the first stretch that is mostly black in the one picture and was not before."""
+    rows = (opened.max(axis=2) < 8).mean(axis=1) > 0.3
+    first = int(np.flatnonzero(rows & ((plain.max(axis=2) < 8).mean(axis=1) < 0.3))[0])
+    return slice(first, first + 440)
