@@ -70,7 +70,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
     """The table people look at: one row a label, then the mean over foreground."""
     from medmamba.cli.display import data, make_table
 
-    columns = ("label", "Dice", "IoU", "HD95 mm", "NSD", "volume ml", "reference ml", "cases")
+    columns = ("label", "Dice", "IoU", "HD95 mm", "NSD", "ml", "true ml", "cases")
     rows = [
         (
             row.label,

@@ -43,20 +43,29 @@ def info(
 
 
 def print_manifest(manifest: "Manifest") -> None:
-    """Print every key of a manifest as a table."""
+    """Print every key of a manifest that says something as a table."""
     from medmamba.cli.display import data, make_table
     from medmamba.files import to_plain
 
-    rows = [(key, _short(value)) for key, value in to_plain(manifest).items()]
+    told = {key: value for key, value in to_plain(manifest).items() if not _is_empty(value)}
+    rows = [(key.replace("_", " "), _short(value)) for key, value in told.items()]
     data.print(make_table(f"Model {manifest.name}", ("key", "value"), rows, right_from=2))
 
 
+def _is_empty(value: object) -> bool:
+    return value is None or value in ("", [], {})
+
+
 def _short(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_short(item)}" for key, item in value.items())
+    """Write records as their name with the rest in brackets, lists with commas."""
     if isinstance(value, list):
         return ", ".join(_short(item) for item in value)
-    return "-" if value is None else str(value)
+    if not isinstance(value, dict):
+        return str(value)
+    told = {key: item for key, item in value.items() if not _is_empty(item)}
+    name = told.pop("name", None)
+    rest = ", ".join(f"{key.replace('_', ' ')} {_short(item)}" for key, item in told.items())
+    return rest if name is None else f"{name} ({rest})" if rest else str(name)
 
 
 def _print_networks(*, as_json: bool) -> None:

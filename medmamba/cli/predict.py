@@ -298,7 +298,7 @@ def predict(
 
 def print_case(record: "CommitRecord", done: int, total: int, remaining_s: float) -> None:
     """One line per finished case."""
-    tail = f", left {format_duration(remaining_s)}" if done < total else ""
+    tail = f" ({format_duration(remaining_s)} left)" if done < total else ""
     if record.error is not None:
         text = f"{record.status} [{record.error.code}] {record.error.message}"
     else:

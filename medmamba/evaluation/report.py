@@ -31,6 +31,8 @@ from medmamba.volume import Geometry
 
 logger = logging.getLogger(__name__)
 
+SUMMARY_FILE = "summary.json"
+
 NAMES_SHOWN = 5
 """Cases named in a message; the rest are counted."""
 
@@ -209,7 +211,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> tuple[Path, Path]:
         for case in evaluation.cases
         for name, scores in case.labels.items()
     ]
-    summary, table = folder / "summary.json", folder / "metrics.csv"
+    summary, table = folder / SUMMARY_FILE, folder / "metrics.csv"
     write_atomic(summary, to_json(_finite(evaluation.summary())))
     write_atomic(table, to_csv(["case", "label", *METRICS], rows))
     return summary, table

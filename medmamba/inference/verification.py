@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medmamba.errors import UsageError
-from medmamba.files import RECORD_CONFIG
+from medmamba.errors import MedMambaError, UsageError
+from medmamba.files import RECORD_CONFIG, read_json
 from medmamba.inference.records import CommitRecord, read_record, records_folder, still_holds
 from medmamba.io import FORMATS
 
@@ -47,14 +47,28 @@ def verify_output(folder: Path) -> tuple[OutputState, ...]:
     # What begins with a dot is a file that a killed run was writing; the next run removes it.
     folder = records_folder(folder)
     paths = sorted(folder.glob("[!.]*.json")) if folder.is_dir() else []
-    if not paths:
+    read = {path: read_record(path) for path in paths}
+    records = {
+        path.stem: record
+        for path, record in read.items()
+        if record is not None or not _is_other_json(path)
+    }
+    if not records:
         raise UsageError(
             f"{folder}: {'holds no record (CASE.json)' if folder.is_dir() else 'is no folder'}. "
             "Give a folder that `medmamba predict` wrote."
         )
-    records = {path.stem: read_record(path) for path in paths}
     states = [_judge(folder, case_id, record) for case_id, record in records.items()]
     return tuple(sorted((*states, *_unclaimed(folder, records)), key=lambda item: item.case_id))
+
+
+def _is_other_json(path: Path) -> bool:
+    """Whether a file is sound JSON that is about no case: scores, dataset.json, a plan."""
+    try:
+        content = read_json(path, what="commit record", error=MedMambaError)
+    except MedMambaError:
+        return False
+    return isinstance(content, dict) and "case_id" not in content
 
 
 def _judge(folder: Path, case_id: str, record: CommitRecord | None) -> OutputState:

@@ -6,9 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from medmamba.dataset import read_label_map
-from medmamba.errors import DatasetError
-from medmamba.evaluation.report import evaluate_folder, find_masks, write_evaluation
+from medmamba.errors import DatasetError, UsageError
+from medmamba.evaluation.report import (
+    SUMMARY_FILE,
+    evaluate_folder,
+    find_masks,
+    write_evaluation,
+)
 from medmamba.evaluation.scores import DEFAULT_TOLERANCE_MM, Evaluation
+from medmamba.inference.records import read_record
 from medmamba.io import TRAINING_GATE, read_labels
 from medmamba.labels import BACKGROUND_NAME, LabelMap
 
@@ -43,8 +49,15 @@ def evaluate(
         GeometryError: a prediction is on another grid than its reference.
         InputError: a mask cannot be read.
         EnvironmentFault: the scores cannot be written.
+        UsageError: they would replace the record of a case that is called summary.
     """
     truth, guess = Path(reference), Path(prediction)
+    folder = Path(output) if output is not None else _folder(guess)
+    if read_record(folder / SUMMARY_FILE) is not None:
+        raise UsageError(
+            f"{folder / SUMMARY_FILE}: is the record of a case, which scores would replace. "
+            "Name another folder for them with --output."
+        )
     description = (
         Path(dataset_json) if dataset_json is not None else _find_description(truth, guess)
     )
@@ -57,7 +70,7 @@ def evaluate(
         allow_missing=allow_missing,
         workers=workers,
     )
-    write_evaluation(Path(output) if output is not None else _folder(guess), evaluation)
+    write_evaluation(folder, evaluation)
     return evaluation
 
 

@@ -178,9 +178,12 @@ def check_parity(model: Path, precision: str, device: str = "auto") -> "tuple[Pa
 
 
 def describe_settings(predictor: "EnsemblePredictor") -> str:
-    """Say where and how a predictor computes."""
+    """Say where and how a predictor computes. A warning has told why a gate failed."""
     settings = predictor.settings
     flips = "with mirroring" if settings.mirror_axes else "without mirroring"
     texts = [f"on {settings.device} in {settings.precision}, {flips}"]
-    texts += [f"parity gate of {each.precision} {each}" for each in predictor.parities]
+    texts += [
+        f"parity gate of {each.precision} {each if each.passed else 'failed'}"
+        for each in predictor.parities
+    ]
     return "; ".join(texts)

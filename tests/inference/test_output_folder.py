@@ -13,6 +13,7 @@ from medmamba.inference.engine import predict_cases
 from medmamba.inference.journal import sweep_temporary_files
 from medmamba.inference.records import ModelIdentity
 from medmamba.inference.verification import verify_output
+from medmamba.pipeline.evaluating import evaluate
 
 
 def test_a_folder_is_proved_writable_while_another_run_sweeps_it(
@@ -59,6 +60,28 @@ def test_runs_at_once_on_the_same_cases_all_succeed(
         masks = [{name: mask for name, mask in tree(tmp_path / place).items() if "nii" in name}
                  for place in ("out", "alone")]  # fmt: skip
         assert masks[0] == masks[1]
+
+
+def test_scores_beside_the_masks_are_no_damaged_record(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases = [image(tmp_path / "in", name, mark=i, seed=i) for i, name in enumerate("ab")]
+    assert predict_cases(cases, out, ThresholdPredictor(), model=MODEL).exit_code == 0
+    evaluate(out, out)
+    assert (out / "summary.json").is_file()
+    assert [state.state for state in verify_output(out)] == ["holds", "holds"]
+    (out / "b.json").write_text((out / "b.json").read_text()[:100])
+    assert {(state.case_id, state.state) for state in verify_output(out) if not state.sound} == {
+        ("b", "unreadable"), ("b", "unclaimed"),
+    }  # fmt: skip
+
+
+def test_scores_do_not_replace_the_record_of_a_case_of_that_name(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_cases([image(tmp_path / "in", "summary")], out, ThresholdPredictor(), model=MODEL)
+    with pytest.raises(UsageError, match="--output"):
+        evaluate(out, out)
+    evaluate(out, out, output=tmp_path / "scores")
+    assert all(state.sound for state in verify_output(out))
 
 
 def test_nothing_is_written_through_a_link_in_the_output(tmp_path: Path) -> None:
