@@ -80,10 +80,11 @@ sbom: setup $(TOOLS)/bin/python ## write the bill of materials of .venv (Cyclone
 
 licences: setup $(TOOLS)/bin/python ## write the licence of every package in .venv to docs/compliance/licences.md
 	@{ printf '# Licences of the packages in a development environment\n\nWritten by `make licences`. Dependencies, none of them part of this package.\n'; \
-	  printf 'Not permissive are connected-components-3d (LGPL) and, in the extra `dicom`, pylibjpeg-libjpeg (GPL).\n\n'; \
+	  printf 'Not permissive are connected-components-3d (LGPL), in the extra `dicom` pylibjpeg-libjpeg (GPL), and what a CUDA build of torch\n'; \
+	  printf 'brings of NVIDIA (proprietary; a CPU build brings none). The extras `nnunet`, `ray` and `tensorboard` are not among them.\n\n'; \
 	  $(TOOLS)/bin/pip-licenses --python $(BIN)/python --format markdown --order license --ignore-packages medmamba; } > docs/compliance/licences.md
 
-audit: setup $(TOOLS)/bin/python ## look for known vulnerabilities in constraints.txt (needs a network)
+audit: setup $(TOOLS)/bin/python ## look for known vulnerabilities in constraints.txt (asks pypi.org about every package)
 	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 wheel-check: ## build, install and use sdist and wheel as a user would, with and without a compiler

@@ -9,10 +9,10 @@ model=$(realpath "$1") images=$(realpath "$2") shards=${3:-4}
 program=$(realpath "$(command -v "${MEDMAMBA:-medmamba}")")
 here=$(dirname "$(realpath "$0")")
 
-command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || {
+if ! { command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null; then
   apt-get update
   DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurmctld slurmd munge
-}
+fi
 
 place=$(mktemp -d /tmp/medmamba-slurm.XXXXXX)
 chmod 755 "$place"

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,11 +43,12 @@ def verify(
 
     Of a model, the reference case is computed again too: a synthetic image that travels with it,
     with the mask it became where the model was made. Of masks, every file is compared with its
-    record OUT/CASE.json. Shares that were forgotten or did not end, and cases without a record, are
-    named.
+    record OUT/CASE.json, and every line of a run's journal with the next. Shares that were
+    forgotten or did not end, and cases without a record, are named.
 
     Exit code 0: as it was made; 3: parts of a model are missing or damaged; 4: this machine
-    computes another mask, or a mask is missing, changed or unrecorded; 7: a model was changed.
+    computes another mask, a mask is missing, changed or unrecorded, or a journal was changed; 7: a
+    model was changed.
     """
     from medmamba.bundle import MANIFEST_FILE, MODEL_FOLDER
 
@@ -70,33 +71,41 @@ def _verify_output(
 ) -> bool:
     from medmamba.files import to_json, to_plain
     from medmamba.inference.completeness import missing_cases, unfinished_shards
+    from medmamba.inference.run_audit import verify_runs
     from medmamba.inference.verification import verify_output
 
-    states = verify_output(place)
+    states, runs = verify_output(place), verify_runs(place)
     unfinished = () if shards is None else unfinished_shards(place, shards)
     missing = [] if images is None else missing_cases(place, images, root=root, shards=shards)
     differing = [item for item in states if not item.sound]
+    changed = [run for run in runs if run.state == "changed"]
+    passed = not (differing or changed or unfinished or missing)
     counts = {state: sum(item.state == state for item in states) for state in ("holds", "no_mask")}
     if as_json:
-        found = {"passed": not (differing or unfinished or missing)}
+        found: dict[str, Any] = {"passed": passed}
         found |= {"shards_unfinished": to_plain(list(unfinished))} if shards else {}
         found |= {"cases_missing": to_plain(missing)} if images else {}
-        sys.stdout.write(to_json({**found, "cases": to_plain(list(states))}))
+        sys.stdout.write(
+            to_json({**found, "runs": to_plain(list(runs)), "cases": to_plain(list(states))})
+        )
     else:
         print(f"masks     {counts['holds']} as their records say")
         print(f"no mask   {counts['no_mask']} cases, rejected or failed")
+        print(f"journals  {len(runs) - len(changed)} of {len(runs)} runs as they were written")
+        for run in changed:
+            print(f"changed   run {run.run_id}: {run.detail}")
         for item in differing:
             print(f"{item.state:9} {item.case_id}: {item.detail}")
         for shard in unfinished:
             cases = "" if shard.cases is None else f", {shard.cases} cases"
-            run = f" (run {shard.run_id}{cases})" if shard.run_id else ""
-            print(f"shard     {shard.index}/{shards}: {shard.state}{run}")
+            where = f" (run {shard.run_id}{cases})" if shard.run_id else ""
+            print(f"shard     {shard.index}/{shards}: {shard.state}{where}")
         for case in missing[:SHOWN]:
             place_of = "" if case.shard is None else f" (shard {case.shard})"
             print(f"no record {case.case_id}{place_of}")
         if len(missing) > SHOWN:
             print(f"no record {len(missing) - SHOWN} more cases (--json lists them)")
-    return not (differing or unfinished or missing)
+    return passed
 
 
 def _verify_model(place: Path, *, as_json: bool) -> int:
