@@ -77,7 +77,8 @@ class StepProgress:
 
     def _print_line(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - self._last_line < PLAIN_LINE_EVERY_S:
+        begins = done == 0 and total == 1
+        if done < total and now - self._last_line < PLAIN_LINE_EVERY_S and not begins:
             return
         self._last_line = now
         elapsed = now - self._started[stage]

@@ -156,7 +156,8 @@ class Predictor:
         self.parity = parity
         self._fallbacks = fallbacks
         self._networks = [network.to(settings.device).eval() for network in networks]
-        if settings.device.type == "cpu":
+        # In another layout oneDNN adds up in another order, and nnU-Net's labels must not change.
+        if settings.device.type == "cpu" and not settings.compat:
             for network in self._networks:
                 pack_weights(network)
         self._grid = grid

@@ -131,7 +131,10 @@ def plan(
     fingerprint = _fingerprint(raw, work, request, on_progress)
     if request.until == "fingerprint":
         return outcome
+    deciding = stage(on_progress, "plan") or _unseen
+    deciding(0, 1)  # sizing a Mamba network takes up to a minute
     decided = decide(fingerprint, raw.description, work, request)
+    deciding(1, 1)
     _write_splits(raw, work)
     keep_references(raw, work)
     outcome = replace(outcome, plan=decided, plan_path=work.plan(network))
@@ -151,6 +154,10 @@ def plan(
         progress=stage(on_progress, "write for nnU-Net"),
     )
     return replace(outcome, nnunet_folder=exported)
+
+
+def _unseen(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
 
 
 def preprocess(

@@ -77,6 +77,16 @@ def test_logits_of_folds_are_averaged() -> None:
     torch.testing.assert_close(both, (first + second) / 2)
 
 
+def test_only_by_default_weights_change_their_layout_and_with_it_the_order_of_sums() -> None:
+    def contiguous(*, compat: bool) -> bool:
+        network = nn.Conv3d(2, 2, 3)
+        predictor(network, compat=compat)
+        return network.weight.is_contiguous()
+
+    assert contiguous(compat=True)
+    assert not contiguous(compat=False)
+
+
 def test_progress_counts_tiles() -> None:
     image = ball((8, 8, 12), (1.0, 1.0, 1.0))
     seen: list[tuple[int, int]] = []
