@@ -19,7 +19,7 @@ def show_dry_run(images: Path, output: Path, model: Path, *, as_json: bool, **op
         sys.stdout.write(to_json({"dry_run": True, "cases": [to_plain(case) for case in planned]}))
     else:
         for case in planned:
-            size = f", {case.memory_bytes / 2**20:.0f} MiB" if case.memory_bytes else ""
+            size = f", {max(1, round(case.memory_bytes / 2**20))} MiB" if case.memory_bytes else ""
             said = "; ".join((f"{case.reason}{size}", *case.warnings))
             print(f"{case.decision:8} {case.case_id}  {said}")
         counts = Counter(case.decision for case in planned)
