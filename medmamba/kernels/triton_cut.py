@@ -10,9 +10,10 @@ from medmamba.kernels.arguments import ScanArguments
 
 # Chunk lengths are a pure function of shapes, so that results do not depend on the device: sized
 # for the 132 multiprocessors of an H100 with this many programs (warps) each.
-PROGRAMS = 132 * 64
+PROGRAMS = 132 * 32
 SINGLE_CHUNK_PROGRAMS = 132 * 4  # this many fill the device without cutting the sequence
 CHUNK_STEP = 64
+MIN_CHUNK = 128
 MAX_CHUNK = 4096
 MAX_TRAINED_CHUNK = 512  # a program of the backward walks at most this many tokens
 ANCHOR = 16  # tokens after which the running sums of the backward start anew
@@ -188,7 +189,7 @@ def _chunk(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> int:
     if programs >= SINGLE_CHUNK_PROGRAMS and arguments.length <= longest:
         return longest
     wanted = arguments.length * programs // PROGRAMS
-    return min(max(-(-wanted // CHUNK_STEP) * CHUNK_STEP, CHUNK_STEP), longest)
+    return min(max(-(-wanted // CHUNK_STEP) * CHUNK_STEP, MIN_CHUNK), longest)
 
 
 def backward_bytes(arguments: ScanArguments, tuning: Tuning = DEFAULT) -> int:
