@@ -53,7 +53,7 @@ types: setup ## mypy in strict mode
 	$(BIN)/mypy
 
 golden: setup ## rewrite help pages and completion scripts; review the difference
-	@for page in medmamba plan preprocess train predict index status watch evaluate compare select report demo doctor info convert convert-import-checkpoint convert-import-nnunet convert-dicom-to-nifti convert-seg-to-dicom verify check; do \
+	@for page in medmamba plan preprocess train predict index status watch evaluate compare select report demo doctor info convert convert-import-checkpoint convert-import-nnunet convert-dicom-to-nifti convert-seg-to-dicom convert-seg-to-rtstruct verify check; do \
 	  COLUMNS=100 TERM=dumb $(BIN)/medmamba $$([ $$page = medmamba ] || echo $$page | sed 's/-/ /') --help > cli/help/$$page.txt; done
 	@for shell in bash zsh fish; do \
 	  _MEDMAMBA_COMPLETE=source_$$shell $(BIN)/medmamba > cli/completions/medmamba.$$shell; done

@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pydicom
+import SimpleITK
 
 
 def same(segmentation: str, mask: str, decoded: str) -> None:
@@ -51,6 +52,19 @@ def same(segmentation: str, mask: str, decoded: str) -> None:
     )
 
 
+def filled(mask: str, names: str, folder: str) -> None:
+    """Contours that another program has filled give every label's voxels."""
+    values = np.asarray(nibabel.load(mask).dataobj).transpose(2, 1, 0)
+    total = 0
+    known = {name: value for name, value in json.loads(Path(names).read_text()).items() if value}
+    for name, value in known.items():
+        image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(Path(folder) / f"{name}.nrrd")))
+        different = int(((image > 0) != (values == value)).sum())
+        require(different == 0, f"{name}: {different} voxels differ")
+        total += int((image > 0).sum())
+    print(f"   {len(known)} structures filled, {total} voxels, 0 of {values.size} voxels differ")
+
+
 def ports() -> None:
     """Two ports that are free on the loopback."""
     sockets = [socket.socket() for _ in range(2)]
@@ -74,6 +88,9 @@ def stored(segmentation: str, port: str) -> None:
     [instance] = json.loads(fetch(port, "tools/find", query.encode()))
     back = pydicom.dcmread(BytesIO(fetch(port, f"instances/{instance}/file")))
     require(back == own, "Orthanc gives back another object")
+    if "PixelData" not in own:
+        print(f"   stored and given back unchanged: {len(own.ROIContourSequence)} structures")
+        return
     require(back.PixelData == own.PixelData, "Orthanc gives back other pixels")
     print(f"   stored and given back unchanged: {len(own.PixelData)} bytes of pixels")
 
@@ -88,5 +105,7 @@ def require(holds: bool, problem: str) -> None:
         sys.exit(f"   DIFFERENT: {problem}")
 
 
+TASKS = {task.__name__: task for task in (same, filled, ports, alive, stored)}
+
 if __name__ == "__main__":
-    {"same": same, "ports": ports, "alive": alive, "stored": stored}[sys.argv[1]](*sys.argv[2:])
+    TASKS[sys.argv[1]](*sys.argv[2:])

@@ -4,9 +4,9 @@
 #   cli/dicom/check.sh SERIES... [--model MODEL] [--label SERIES MASK NAMES]
 #
 # Each SERIES (folder or archive) is predicted with MODEL (by default one that a tiny demo trains). --label names a series with a mask of its
-# own, and a JSON map name -> value: it goes through `convert seg-to-dicom`. Every segmentation object is then
+# own, and a JSON map name -> value: it goes through `convert seg-to-dicom` and `convert seg-to-rtstruct`. Every object is then
 #   - validated by dciodvfy (dicom3tools),
-#   - decoded by dcmqi's segimage2itkimage, and compared with the NIfTI mask voxel by voxel in physical space,
+#   - decoded by dcmqi's segimage2itkimage (contours: filled by plastimatch), and compared with the NIfTI mask voxel by voxel in physical space,
 #   - sent by C-STORE (dcmtk) to an Orthanc on the loopback, and fetched back.
 # Exit code 0 only if all of it holds. PYTHON names the Python that has medmamba (default .venv/bin/python).
 set -euo pipefail
@@ -62,22 +62,40 @@ if [ -n "$labelled" ]; then
   say "convert seg-to-dicom $(basename "$mask")"
   "${medmamba[@]}" convert seg-to-dicom "$mask" "$labelled" --labels "$names" -o "$out/label.seg.dcm" |
     sed "s|^.*/|   |"
+  say "convert seg-to-rtstruct $(basename "$mask")"
+  "${medmamba[@]}" convert seg-to-rtstruct "$mask" "$labelled" --labels "$names" -o "$out/label.rtstruct.dcm" |
+    sed "s|^.*/|   |"
   cp "$mask" "$out/label.nii.gz"
 fi
+
+validate() {
+  dciodvfy "$1" >"$scratch/verdict.txt" 2>&1 || true
+  sed 's/^/   /' "$scratch/verdict.txt"
+  if grep -q '^Error' "$scratch/verdict.txt"; then echo "   NOT VALID"; exit 1; fi
+  echo "   0 errors"
+}
 
 for file in "$out"/*.seg.dcm; do
   name=$(basename "$file" .seg.dcm)
   say "$name: dciodvfy"
-  dciodvfy "$file" >"$scratch/verdict.txt" 2>&1 || true
-  sed 's/^/   /' "$scratch/verdict.txt"
-  if grep -q '^Error' "$scratch/verdict.txt"; then echo "   NOT VALID"; exit 1; fi
-  echo "   0 errors"
+  validate "$file"
   say "$name: dcmqi"
   mkdir "$scratch/$name"
   "$decode" --inputDICOM "$file" --outputDirectory "$scratch/$name" --outputType nii >"$scratch/dcmqi.txt" 2>&1 ||
     { cat "$scratch/dcmqi.txt"; exit 1; }
   "$python" cli/dicom/check.py same "$file" "$out/$name.nii.gz" "$scratch/$name"
 done
+
+contours=$out/label.rtstruct.dcm
+if [ -n "$labelled" ]; then
+  say "label, contours: dciodvfy"
+  validate "$contours"
+  say "label, contours: plastimatch"
+  "$python" -c 'from plastimatch import plastimatch; plastimatch()' convert --input "$contours" --fixed "$out/label.nii.gz" \
+    --output-prefix "$scratch/filled" --prefix-format nrrd >"$scratch/plastimatch.txt" 2>&1 ||
+    { cat "$scratch/plastimatch.txt"; exit 1; }
+  "$python" cli/dicom/check.py filled "$out/label.nii.gz" "$names" "$scratch/filled"
+fi
 
 say "Orthanc"
 read -r dicom_port http_port < <("$python" cli/dicom/check.py ports)
@@ -93,7 +111,7 @@ for _ in $(seq 60); do
   if "$python" cli/dicom/check.py alive "$http_port"; then break; fi
   sleep 0.5
 done
-for file in "$out"/*.seg.dcm; do
+for file in "$out"/*.dcm; do
   dcmsend -aec CHECK 127.0.0.1 "$dicom_port" "$file" 2>&1 | sed 's/^/   /'
   "$python" cli/dicom/check.py stored "$file" "$http_port"
 done

@@ -13,6 +13,31 @@ from medmamba.errors import UsageError
 
 if TYPE_CHECKING:
     from medmamba.bundle import Bundle
+    from medmamba.pipeline.segmentations import Form
+
+Mask = Annotated[Path, typer.Argument(metavar="MASK", help="Labels on the series' grid.")]
+Series = Annotated[
+    Path, typer.Argument(metavar="SERIES", help="Folder or zip archive of the DICOM series.")
+]
+DicomFile = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="DICOM file to write (.dcm).")
+]
+NamesOfModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="Model with the names and codes of the labels."
+    ),
+]
+NamesOfFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels", metavar="FILE", help="dataset.json, or a JSON map name -> value, instead."
+    ),
+]
+Algorithm = Annotated[
+    str | None,
+    typer.Option("--algorithm", help="What made the mask (default: the model's name)."),
+]
 
 convert = typer.Typer(
     name="convert",
@@ -146,42 +171,54 @@ def dicom_to_nifti(
 
 @convert.command("seg-to-dicom", epilog=examples_of("convert seg-to-dicom"))
 def seg_to_dicom(
-    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Labels on the series' grid.")],
-    series: Annotated[
-        Path,
-        typer.Argument(metavar="SERIES", help="Folder or zip archive of the DICOM series."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="DICOM file to write (.dcm).")
-    ],
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", "-m", metavar="MODEL", help="Model with the names and codes of the labels."
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            "--labels", metavar="FILE", help="dataset.json, or a JSON map name -> value, instead."
-        ),
-    ] = None,
-    algorithm: Annotated[
-        str | None,
-        typer.Option("--algorithm", help="What made the mask (default: the model's name)."),
-    ] = None,
+    mask: Mask,
+    series: Series,
+    output: DicomFile,
+    model: NamesOfModel = None,
+    labels: NamesOfFile = None,
+    algorithm: Algorithm = None,
 ) -> None:
     """Write a mask as a DICOM segmentation object (BINARY) of the series it was made from.
 
     The mask may be stored along other axes; it is turned to the series' planes, never resampled.
     Of patient and study only what the standard requires is copied.
     """
+    _write_object("seg", mask, series, output, model, labels, algorithm)
+
+
+@convert.command("seg-to-rtstruct", epilog=examples_of("convert seg-to-rtstruct"))
+def seg_to_rtstruct(
+    mask: Mask,
+    series: Series,
+    output: DicomFile,
+    model: NamesOfModel = None,
+    labels: NamesOfFile = None,
+    algorithm: Algorithm = None,
+) -> None:
+    """Write a mask as contours, a DICOM RT structure set of the series it was made from.
+
+    Contours run along the edges of voxels as plastimatch draws them (extra rtstruct); where there
+    are holes, they run to them and back. Nothing is smoothed.
+    """
+    _write_object("rtstruct", mask, series, output, model, labels, algorithm)
+
+
+def _write_object(
+    form: "Form",
+    mask: Path,
+    series: Path,
+    output: Path,
+    model: Path | None,
+    labels: Path | None,
+    algorithm: str | None,
+) -> None:
     from medmamba.pipeline.segmentations import seg_to_dicom as run_seg_to_dicom
 
     segments = run_seg_to_dicom(
-        mask, series, output, model=model, labels=labels, algorithm=algorithm
+        mask, series, output, model=model, labels=labels, algorithm=algorithm, form=form
     )
-    print(f"{output}: {len(segments)} segments ({', '.join(item.name for item in segments[:6])}"
+    kind = "segments" if form == "seg" else "structures"
+    print(f"{output}: {len(segments)} {kind} ({', '.join(item.name for item in segments[:6])}"
           f"{', ...' if len(segments) > 6 else ''})")  # fmt: skip
 
 

@@ -149,6 +149,9 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("A folder of slices", "convert dicom-to-nifti series -o image.nii.gz"),
         ("An archive of them", "convert dicom-to-nifti series.zip -o image.nii.gz"),
     ),
+    "convert seg-to-rtstruct": (
+        ("A model's mask", "convert seg-to-rtstruct mask.nii.gz series -m model -o contours.dcm"),
+    ),
     "convert seg-to-dicom": (
         ("A model's mask", "convert seg-to-dicom mask.nii.gz series -m model -o mask.dcm"),
         (

@@ -19,7 +19,7 @@ from medmamba.errors import EnvironmentFault, GeometryError
 from medmamba.files import replace_atomic
 from medmamba.io.dicom import ordered_planes
 from medmamba.io.dicom_identity import derived_uid, make_citable
-from medmamba.io.dicom_series import open_dataset, pydicom_module
+from medmamba.io.dicom_series import Plane, open_dataset, pydicom_module
 from medmamba.io.header import DEFAULT_GATE, Gate
 
 MANUFACTURER = "medmamba"
@@ -67,13 +67,8 @@ def write_segmentation(
         InputError: the series cannot be trusted.
         EnvironmentFault: highdicom is not installed, or the folder cannot be written.
     """
-    planes = ordered_planes(series, gate)
-    if labels.shape != (len(planes), *planes[0].shape):
-        raise GeometryError(
-            f"{series.name}: labels of shape {labels.shape} do not fit a series of {len(planes)} "
-            f"images of {planes[0].shape}. Give the mask of this series."
-        )
-    sources = _sources([plane.entry for plane in planes])
+    planes = planes_under(labels, series, gate)
+    sources = sources_of([plane.entry for plane in planes])
     stored = _segment_array(labels, segments)
     if len(sources) != len(stored):
         stored = _as_frames(stored, sources[0])
@@ -81,7 +76,23 @@ def write_segmentation(
     replace_atomic(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True))
 
 
-def _sources(entries: Sequence[Any]) -> list[Any]:
+def planes_under(labels: NDArray[np.integer[Any]], series: Path, gate: Gate) -> tuple[Plane, ...]:
+    """The planes of a series on which labels (D, H, W) lie.
+
+    Raises:
+        GeometryError: labels do not fit the series.
+        InputError: the series cannot be trusted.
+    """
+    planes = ordered_planes(series, gate)
+    if labels.shape != (len(planes), *planes[0].shape):
+        raise GeometryError(
+            f"{series.name}: labels of shape {labels.shape} do not fit a series of {len(planes)} "
+            f"images of {planes[0].shape}. Give the mask of this series."
+        )
+    return planes
+
+
+def sources_of(entries: Sequence[Any]) -> list[Any]:
     """The images' data sets without pixels; a multi-frame file once."""
     sources = []
     for entry in dict.fromkeys(entries):

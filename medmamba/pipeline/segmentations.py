@@ -1,7 +1,7 @@
-"""seg_to_dicom(): a mask of any origin as a DICOM segmentation of the series it belongs to."""
+"""A mask of any origin as a DICOM object of its series: voxels (SEG) or contours (RTSTRUCT)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,13 @@ from medmamba.errors import DatasetError, InputError, UsageError
 from medmamba.evaluation.palette import label_colors
 from medmamba.files import read_json
 from medmamba.io import TRAINING_GATE, orientation_code, read_header, read_labels, turn
+from medmamba.io.dicom_rtstruct import write_structures
 from medmamba.io.dicom_seg import MANUFACTURER, SegmentLabel, write_segmentation
 from medmamba.labels import BACKGROUND_NAME
 from medmamba.pipeline.predicting import segments_of
 from medmamba.volume import Geometry
+
+Form = Literal["seg", "rtstruct"]
 
 
 def seg_to_dicom(
@@ -27,6 +30,7 @@ def seg_to_dicom(
     model: Path | None = None,
     labels: Path | None = None,
     algorithm: str | None = None,
+    form: Form = "seg",
 ) -> tuple[SegmentLabel, ...]:
     """Write ``mask`` as segments on the planes of ``series``; return the segments.
 
@@ -39,6 +43,7 @@ def seg_to_dicom(
         model: names, codes and colours of the labels are those of this model.
         labels: a dataset.json, or a JSON map name -> value; instead of a model.
         algorithm: what made the mask; the model's name when omitted.
+        form: ``seg`` for a segmentation, ``rtstruct`` for a structure set of contours.
 
     Raises:
         InputError: mask or series cannot be trusted, the mask lies elsewhere, or it holds a value
@@ -60,7 +65,8 @@ def seg_to_dicom(
             "Name them, or give the model that made the mask.",
             code="E_LABEL_UNDECLARED",
         )
-    write_segmentation(output, values, series, segments, algorithm=algorithm or maker)
+    write = write_segmentation if form == "seg" else write_structures
+    write(output, values, series, segments, algorithm=algorithm or maker)
     return segments
 
 
