@@ -2,11 +2,22 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medmamba.cli.options import AssumeIdentity, Json, MaxVoxels, Strict, gate_of
+from medmamba.cli.options import (
+    AssumeIdentity,
+    BidsSuffix,
+    FollowLinks,
+    Json,
+    MaxVoxels,
+    Root,
+    SplitAcquisitions,
+    Strict,
+    gate_of,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from medmamba.io import Gate
@@ -27,6 +38,10 @@ def check(
     dataset: Annotated[
         bool, typer.Option("--dataset", help="IN is a raw dataset to train on: verify all of it.")
     ] = False,
+    root: Root = None,
+    follow_links: FollowLinks = False,
+    split: SplitAcquisitions = False,
+    bids_suffix: BidsSuffix = "",
     strict: Strict = False,
     assume_identity: AssumeIdentity = False,
     max_voxels: MaxVoxels = None,
@@ -45,15 +60,21 @@ def check(
             model,
             gate_of(strict=strict, assume_identity=assume_identity, max_voxels=max_voxels),
             as_json=as_json,
+            root=root,
+            follow_links=follow_links,
+            split=split,
+            bids_suffixes=words_of(bids_suffix),
         )
     )
 
 
-def _check_images(images: Path, model: Path | None, gate: "Gate", *, as_json: bool) -> int:
+def _check_images(
+    images: Path, model: Path | None, gate: "Gate", *, as_json: bool, **where: Any
+) -> int:
     from medmamba.files import to_json, to_plain
     from medmamba.pipeline.checking import check as run_check
 
-    cases = run_check(images, model=model, gate=gate)
+    cases = run_check(images, model=model, gate=gate, **where)
     accepted = [case for case in cases if case.accepted]
     if as_json:
         rows = [to_plain(case) | {"accepted": case.accepted} for case in cases]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -80,6 +80,39 @@ MaxVoxels = Annotated[
     int | None,
     typer.Option("--max-voxels", min=1, help="Reject files with more (default: 2 000 000 000)."),
 ]
+Root = Annotated[
+    Path | None,
+    typer.Option(
+        "--root", metavar="FOLDER", help="What a list's paths are relative to (its folder)."
+    ),
+]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Take images outside the input folder too.")
+]
+SplitAcquisitions = Annotated[
+    bool,
+    typer.Option(
+        "--split-acquisitions",
+        help="Make each acquisition of a mixed DICOM series a case of its own.",
+    ),
+]
+BidsSuffix = Annotated[
+    str,
+    typer.Option(
+        "--bids-suffix",
+        metavar="T1w[,...]",
+        help="Images of a BIDS folder, one a channel (default: as the model names them).",
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="plain|bids",
+        help="bids: masks as a BIDS derivative, records in OUT/medmamba.",
+    ),
+]
+LAYOUTS: tuple[Literal["plain", "bids"], ...] = ("plain", "bids")
 ReportInteractive = Annotated[
     bool,
     typer.Option(
@@ -100,6 +133,11 @@ def check_choice(option: str, value: str, choices: Sequence[Choice]) -> Choice:
         if value == choice:
             return choice
     raise UsageError(f"{option} '{value}': choose one of {', '.join(choices)}.")
+
+
+def words_of(text: str) -> list[str]:
+    """What is between the commas of an option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def gate_of(*, strict: bool, assume_identity: bool, max_voxels: int | None) -> "Gate":

@@ -10,17 +10,24 @@ from medmamba.cli.dry_run import show_dry_run
 from medmamba.cli.events import events_to
 from medmamba.cli.messages import say
 from medmamba.cli.options import (
+    LAYOUTS,
     AssumeIdentity,
+    BidsSuffix,
     Device,
+    FollowLinks,
     Json,
+    Layout,
     MaxVoxels,
     ReportInteractive,
+    Root,
+    SplitAcquisitions,
     Strict,
     Workers,
     check_choice,
     format_duration,
     gate_of,
     parse_size,
+    words_of,
 )
 from medmamba.errors import UsageError
 
@@ -31,8 +38,6 @@ Overwrite = Literal["never", "stale", "always"]
 OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
 FailOn = Literal["any", "all", "never"]
 Probabilities = Literal["none", "float16", "uint8"]
-Layout = Literal["plain", "bids"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PROBABILITIES: tuple[Probabilities, ...] = get_args(Probabilities)
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 
@@ -90,17 +95,8 @@ def predict(
             help="One share of N, from 0; auto in a Slurm array, auto/N in a Kubernetes job too.",
         ),
     ] = None,
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            "--root",
-            metavar="FOLDER",
-            help="What a list's paths are relative to (its folder).",
-        ),
-    ] = None,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Take images outside the input folder too.")
-    ] = False,
+    root: Root = None,
+    follow_links: FollowLinks = False,
     fail_on: Annotated[
         str,
         typer.Option(
@@ -137,13 +133,7 @@ def predict(
             "--in-process", help="No worker process: a crash of the network then ends the run."
         ),
     ] = False,
-    split: Annotated[
-        bool,
-        typer.Option(
-            "--split-acquisitions",
-            help="Make each acquisition of a mixed DICOM series a case of its own.",
-        ),
-    ] = False,
+    split: SplitAcquisitions = False,
     save_probabilities: Annotated[
         str,
         typer.Option(
@@ -204,22 +194,8 @@ def predict(
             "--address", help="Of the Ray cluster (default: this machine's); local starts one."
         ),
     ] = None,
-    layout: Annotated[
-        str,
-        typer.Option(
-            "--layout",
-            metavar="plain|bids",
-            help="bids: masks as a BIDS derivative, records in OUT/medmamba.",
-        ),
-    ] = "plain",
-    bids_suffix: Annotated[
-        str,
-        typer.Option(
-            "--bids-suffix",
-            metavar="T1w[,...]",
-            help="Images of a BIDS folder, one a channel (default: as the model names them).",
-        ),
-    ] = "",
+    layout: Layout = "plain",
+    bids_suffix: BidsSuffix = "",
     as_json: Json = False,
 ) -> None:
     """Segment images; each mask lies on exactly the grid of its image.
@@ -244,7 +220,7 @@ def predict(
     shared: dict[str, Any] = {
         "overwrite": overwrite, "shard": shard, "split": split, "root": root,
         "follow_links": follow_links,
-        "bids_suffixes": [part.strip() for part in bids_suffix.split(",") if part.strip()],
+        "bids_suffixes": words_of(bids_suffix),
         "gate": gate_of(strict=strict, assume_identity=assume_identity, max_voxels=max_voxels),
         "max_ram_bytes": None if max_ram is None else parse_size(max_ram),
     }  # fmt: skip
@@ -271,7 +247,7 @@ def predict(
             supervised=not in_process,
             save_probabilities=kept,
             cpu_fallback=cpu_fallback,
-            labels_for=[viewer for viewer in labels_for.split(",") if viewer],
+            labels_for=words_of(labels_for),
             report=report,
             report_interactive=report_interactive,
             layout=chosen_layout,

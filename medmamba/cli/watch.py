@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from medmamba.cli.messages import say
-from medmamba.cli.options import Device, Json, Workers
+from medmamba.cli.options import (
+    LAYOUTS,
+    BidsSuffix,
+    Device,
+    Json,
+    Layout,
+    Workers,
+    check_choice,
+    words_of,
+)
 from medmamba.cli.predict import print_case
 
 
@@ -61,6 +70,8 @@ def watch(
         Path | None,
         typer.Option("--metrics", metavar="FILE.prom", help="Figures for Prometheus, as text."),
     ] = None,
+    layout: Layout = "plain",
+    bids_suffix: BidsSuffix = "",
     as_json: Json = False,
 ) -> None:
     """Predict every image that arrives in a folder, until Ctrl-C or SIGTERM.
@@ -86,6 +97,8 @@ def watch(
         timeout_per_case=timeout,
         grace_s=grace,
         metrics=metrics,
+        layout=check_choice("--layout", layout, LAYOUTS),
+        bids_suffixes=words_of(bids_suffix),
         on_case=print_case,
         on_message=say,
     )

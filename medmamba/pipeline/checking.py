@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmamba.dataset import Case, find_cases, load_case
+from medmamba.dataset import Case, CaseListing, load_case, split_acquisitions
+from medmamba.dataset.manifest import open_cases
 from medmamba.errors import GeometryError, InputError
 from medmamba.files import RECORD_CONFIG
 from medmamba.inference.records import without_folders
@@ -34,7 +35,14 @@ class CheckedCase:
 
 
 def check(
-    images: Path | str, *, model: Path | str | None = None, gate: Gate = DEFAULT_GATE
+    images: Path | str,
+    *,
+    model: Path | str | None = None,
+    gate: Gate = DEFAULT_GATE,
+    root: Path | str | None = None,
+    follow_links: bool = False,
+    split: bool = False,
+    bids_suffixes: Sequence[str] = (),
 ) -> tuple[CheckedCase, ...]:
     """Judge images as ``predict`` would, without predicting.
 
@@ -43,12 +51,16 @@ def check(
         model: a model folder, whose channels cases must then have; without one every file is
             judged by itself.
         gate: limits and permissions of reading.
+        root: folder that the paths of a list are relative to; the list's own when None.
+        follow_links: take images outside the input folder, through links or a list's paths.
+        split: judge every acquisition of a DICOM series that mixes several by itself.
+        bids_suffixes: which images of a BIDS folder are meant, one per channel.
 
     Raises:
         UsageError: no image there.
         BundleError, SecurityError: the model cannot be used or trusted.
     """
-    channels, dimension, ending = 1, 3, None
+    channels, dimension, ending = max(1, len(bids_suffixes)), 3, None
     names: tuple[str, ...] = ()
     if model is not None:
         from medmamba.bundle import load_bundle
@@ -57,7 +69,14 @@ def check(
         names, ending = bundle.manifest.channels, bundle.plan.file_ending or None
         channels = len(names)
         dimension = bundle.configuration.grid.dimension
-    listing = find_cases(Path(images), channels=channels, file_ending=ending, modalities=names)
+    listing = open_cases(
+        Path(images), channels=channels, file_ending=ending, stream=False,
+        root=None if root is None else Path(root), follow_links=follow_links,
+        modalities=bids_suffixes or names,
+    )  # fmt: skip
+    assert isinstance(listing, CaseListing)  # nothing is streamed
+    if split:
+        listing = split_acquisitions(listing, gate)
     judged = [
         _check_files(case, gate)
         if model is None
@@ -72,7 +91,7 @@ def check(
 
 
 def _check_files(case: Case, gate: Gate) -> CheckedCase:
-    found = [finding for path in case.images for finding in check_file(path, gate=gate)]
+    found = [finding for path in case.images for finding in check_file(path, gate=case.gate(gate))]
     texts = [(finding, _text(finding, case)) for finding in found]
     return CheckedCase(
         case_id=case.id,

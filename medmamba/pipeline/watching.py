@@ -5,12 +5,14 @@ folder is offered again, and those whose record holds are passed over. Nothing i
 moved, renamed or removed.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmamba.dataset import Case, Rejection, find_cases, safe_id
+from medmamba.dataset.bids import is_bids
 from medmamba.errors import UsageError
 from medmamba.inference.overlap import Work
 from medmamba.pipeline.predicting import PredictOutcome, predict
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from medmamba.bundle import Bundle
     from medmamba.inference.engine import OnCase
     from medmamba.inference.records import CommitRecord
+
+logger = logging.getLogger(__name__)
 
 SETTLE_S = 10.0
 POLL_S = 2.0
@@ -39,6 +43,7 @@ def watch(
     settle_s: float = SETTLE_S,
     marker: str | None = None,
     poll_s: float = POLL_S,
+    bids_suffixes: Sequence[str] = (),
     on_case: "OnCase | None" = None,
     **options: Any,
 ) -> PredictOutcome:
@@ -51,6 +56,7 @@ def watch(
         settle_s: a case is taken when none of its files has changed for so many seconds.
         marker: instead, a case is taken when a file CASE + marker is there, such as ``.done``.
         poll_s: seconds between looks at the folder.
+        bids_suffixes: which images of a BIDS folder are meant, as for ``predict``.
         on_case: called per finished case.
         **options: of ``predict``.
 
@@ -77,6 +83,7 @@ def watch(
                 settle_s=settle_s,
                 marker=marker,
                 poll_s=poll_s,
+                modalities=bids_suffixes or bundle.manifest.channels,
             )
         )
         return iter(held[0])
@@ -101,6 +108,7 @@ class Arrivals:
         settle_s: how long a case must not have changed.
         marker: ending of the file that says that a case is complete; None to wait instead.
         poll_s: seconds between looks.
+        modalities: which images of a BIDS folder are meant, as for ``find_cases``.
         clock: seconds since any moment.
         sleep: waits.
     """
@@ -114,6 +122,7 @@ class Arrivals:
         settle_s: float = SETTLE_S,
         marker: str | None = None,
         poll_s: float = POLL_S,
+        modalities: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -123,6 +132,8 @@ class Arrivals:
         self._settle_s = settle_s
         self._marker = marker
         self._poll_s = poll_s
+        self._modalities = modalities
+        self._said = ""
         self._clock = clock
         self._sleep = sleep
         self._seen: dict[str, tuple[Mark, float]] = {}
@@ -174,12 +185,16 @@ class Arrivals:
     def _look(self) -> dict[str, tuple[Case | Rejection, Mark]]:
         try:
             listing = find_cases(
-                self._folder, channels=self._channels, file_ending=self._file_ending
-            )
-        except UsageError:
-            if self._folder.is_dir():
-                return {}  # nothing there yet
-            raise
+                self._folder, channels=self._channels, file_ending=self._file_ending,
+                modalities=self._modalities,
+            )  # fmt: skip
+        except UsageError as problem:
+            if not self._folder.is_dir():
+                raise
+            if is_bids(self._folder) and problem.message != self._said:
+                self._said = problem.message  # more may arrive, so it is said and waited
+                logger.warning("%s", problem.message)
+            return {}
         except FileNotFoundError:
             return {}  # a file went away amid looking
         found: dict[str, tuple[Case | Rejection, Mark]] = {}

@@ -17,6 +17,7 @@ from test_engine import MODEL, ThresholdPredictor, image
 
 import medmamba
 from medmamba import __version__
+from medmamba.bundle import save_bundle
 from medmamba.dataset import find_cases
 from medmamba.errors import BundleError, SecurityError, UsageError
 from medmamba.inference.engine import predict_cases
@@ -24,6 +25,9 @@ from medmamba.inference.history import events
 from medmamba.inference.records import read_record
 from medmamba.inference.worker import WorkerSetup
 from medmamba.pipeline.cluster_prediction import Segmenter
+
+from ..conformance.phantom import nifti, packed, voxels
+from ..test_bundle import CONFIGURATION, tiny_plan, weights
 
 HERE = Path(__file__).parent
 POISON = 77
@@ -40,12 +44,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 @contextmanager
-def running_cluster() -> Iterator[tuple[subprocess.Popen, str]]:
+def running_cluster(**environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
     pytest.importorskip("ray")
     process = subprocess.Popen(
         [sys.executable, str(HERE / "ray_cluster.py")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
     )  # fmt: skip
     yield process, process.stdout.readline().strip()
     process.stdin.close()
@@ -185,6 +189,53 @@ def test_a_machine_that_is_lost_costs_nothing(tmp_path) -> None:
     assert sum(found["counts"].values()) == 60
     assert len(hashes(tmp_path / "out")) == 60
     assert [event for event in journal(tmp_path) if event["event"] == "worker_died"]
+
+
+def program(place: Path, address: str, *options: object) -> subprocess.CompletedProcess:
+    """The real command on a cluster, with a tiny model."""
+    save_bundle(
+        place / "model", plan=tiny_plan(), configuration=CONFIGURATION, weights=[weights(0)],
+        precision="fp32",
+    )  # fmt: skip
+    command = ["predict", "-i", place / "in", "-o", place / "out", "-m", place / "model",
+               "--engine", "ray", "--address", address, "--device", "cpu", *options]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "medmamba", *map(str, command)], capture_output=True, text=True,
+        env=ENVIRONMENT, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_bids_folder_goes_through_a_cluster_too(address, tmp_path) -> None:
+    for number, session in enumerate(("a", "b")):
+        folder = tmp_path / "in" / "sub-01" / f"ses-{session}" / "anat"
+        folder.mkdir(parents=True)
+        path = folder / f"sub-01_ses-{session}_T1w.nii.gz"
+        path.write_bytes(packed(nifti(voxels(number))))
+    done = program(tmp_path, address, "--layout", "bids", "--bids-suffix", "T1w")
+    assert done.returncode == 0, done.stderr
+    masks = sorted(path.name for path in (tmp_path / "out").glob("sub-*/**/*_dseg.nii.gz"))
+    assert [name[:12] for name in masks] == ["sub-01_ses-a", "sub-01_ses-b"]
+    local = [sys.executable, "-m", "medmamba", "predict", "-i", tmp_path / "in", "-o",
+             tmp_path / "alone", "-m", tmp_path / "model", "--layout", "bids", "--bids-suffix",
+             "T1w", "--device", "cpu"]  # fmt: skip
+    subprocess.run(local, check=True, capture_output=True, env=ENVIRONMENT, timeout=300)
+    assert hashes(tmp_path / "out" / "medmamba") == hashes(tmp_path / "alone" / "medmamba")
+
+
+@pytest.mark.slow
+def test_machines_with_another_version_are_refused_at_the_door(tmp_path) -> None:
+    # What Python reads first on those machines makes them say another version (row J4).
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text("import medmamba\nmedmamba.__version__ = '0.0.9'\n")
+    images(tmp_path, 1)
+    with running_cluster(PYTHONPATH=f"{shim}:{HERE}") as (_, address):
+        done = program(tmp_path, address)
+    assert done.returncode == 3, done.stderr
+    assert "E_VERSION_MIXED" in done.stderr
+    assert "0.0.9" in done.stderr
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
 def test_a_worker_that_differs_from_the_driver_is_refused(tmp_path) -> None:

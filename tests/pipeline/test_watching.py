@@ -104,6 +104,18 @@ def test_a_marker_says_that_a_case_is_complete(tmp_path, clock) -> None:
     assert taken(stream, clock, 2) == ["a"]
 
 
+def test_a_bids_folder_is_watched_and_doubt_is_said_once(tmp_path, clock, caplog) -> None:
+    for suffix in ("T1w", "FLAIR"):
+        path = tmp_path / "sub-01" / "anat" / f"sub-01_{suffix}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    assert taken(iter(arrivals(tmp_path, clock)), clock, 60) == []
+    assert caplog.text.count("--bids-suffix") == 1
+    stream = iter(arrivals(tmp_path, clock, modalities=("T1",)))
+    assert taken(stream, clock, 15) == ["sub-01"]
+    assert taken(stream, clock, 15) == []
+
+
 def test_folders_must_be_apart(tmp_path) -> None:
     (tmp_path / "in").mkdir()
     for out in (tmp_path / "in" / "masks", tmp_path):
@@ -123,8 +135,8 @@ def place(tmp_path) -> Path:
     return tmp_path
 
 
-def start(place: Path) -> subprocess.Popen:
-    command = ["watch", "in", "out", "-m", "model", "--settle", "1.2", "--poll", "0.2"]
+def start(place: Path, *options: str) -> subprocess.Popen:
+    command = ["watch", "in", "out", "-m", "model", "--settle", "1.2", "--poll", "0.2", *options]
     return subprocess.Popen(
         [sys.executable, "-m", "medmamba", *command, "--device", "cpu"], cwd=place,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -176,3 +188,27 @@ def test_the_program_takes_what_arrives_and_survives_being_killed(place) -> None
         "slow.nii.gz", "quick.nii.gz", "later.nii.gz",
     }  # fmt: skip
     assert not [name for name in made if name.startswith(".mm-tmp")]
+
+
+@pytest.mark.slow
+def test_the_program_lays_out_a_bids_folder_as_it_arrives(place) -> None:
+    process = start(place, "--layout", "bids", "--bids-suffix", "T1w")
+    try:
+        for number, subject in enumerate(("sub-01", "sub-02")):
+            for suffix in ("T1w", "FLAIR"):
+                path = place / "in" / subject / "anat" / f"{subject}_{suffix}.nii.gz"
+                path.parent.mkdir(parents=True) if suffix == "T1w" else None
+                path.write_bytes(packed(nifti(voxels(number))))
+            deadline = time.monotonic() + 60
+            while not list((place / "out" / subject / "anat").glob("*_dseg.nii.gz")):
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline, "no mask"
+                time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        talk = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 143, talk
+    assert (place / "out" / "dataset_description.json").is_file()
+    assert read_record(place / "out" / "medmamba" / "sub-02.json").status == "ok"
