@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmamba.errors import EnvironmentFault
-from medmamba.io.dicom_series import pydicom_module
+from medmamba.io.dicom_headers import pydicom_module
 from medmamba.io.nifti import encode
 from medmamba.volume import Geometry
 

@@ -8,7 +8,7 @@ import hashlib
 import re
 from typing import Any
 
-from medmamba.io.dicom_series import pydicom_module
+from medmamba.io.dicom_headers import pydicom_module
 
 REQUIRED_KEYWORDS = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from medmamba.errors import InputError
 from medmamba.io.dicom_files import Entry
-from medmamba.io.dicom_series import Plane, open_dataset, pydicom_module
+from medmamba.io.dicom_headers import open_dataset, pydicom_module
+from medmamba.io.dicom_series import Plane
 
 END_OF_CODESTREAM = b"\xff\xd9"
 """Last marker of a JPEG, JPEG-LS and JPEG 2000 stream (ITU T.81, T.87, T.800)."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from medmamba import __version__
 from medmamba.files import replace_atomic
 from medmamba.io.contours import Contour, draw_contours
+from medmamba.io.dicom_headers import pydicom_module
 from medmamba.io.dicom_identity import REQUIRED_KEYWORDS, derived_uid
 from medmamba.io.dicom_seg import (
     MANUFACTURER,
@@ -26,7 +27,7 @@ from medmamba.io.dicom_seg import (
     planes_under,
     sources_of,
 )
-from medmamba.io.dicom_series import Plane, pydicom_module
+from medmamba.io.dicom_series import Plane
 from medmamba.io.header import DEFAULT_GATE, Gate
 
 RTSTRUCT_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"

@@ -18,8 +18,9 @@ from medmamba import __version__
 from medmamba.errors import EnvironmentFault, GeometryError
 from medmamba.files import replace_atomic
 from medmamba.io.dicom import ordered_planes
+from medmamba.io.dicom_headers import open_dataset, pydicom_module
 from medmamba.io.dicom_identity import derived_uid, make_citable
-from medmamba.io.dicom_series import Plane, open_dataset, pydicom_module
+from medmamba.io.dicom_series import Plane
 from medmamba.io.header import DEFAULT_GATE, Gate
 
 MANUFACTURER = "medmamba"

@@ -8,23 +8,18 @@ torch here.
 """
 
 import logging
-import os
-import platform
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from medmamba import __version__
 from medmamba.dataset import Case, Rejection
-from medmamba.errors import BundleError, EnvironmentFault, MedMambaError, SecurityError
-from medmamba.files import from_plain, to_plain
-from medmamba.inference.casework import CaseWork
+from medmamba.errors import BundleError, EnvironmentFault, MedMambaError
+from medmamba.files import from_plain
 from medmamba.inference.draining import DrainRequest
 from medmamba.inference.engine import (
     FailOn,
@@ -35,13 +30,14 @@ from medmamba.inference.engine import (
     finish_run,
     prepare_folder,
 )
-from medmamba.inference.job import CasePredictor, Job
-from medmamba.inference.journal import OnEvent, Run, set_aside, sweep_temporary_files
+from medmamba.inference.job import Job
+from medmamba.inference.journal import OnEvent, Run, sweep_temporary_files
 from medmamba.inference.ledger import Ledger
 from medmamba.inference.overlap import Work
 from medmamba.inference.records import CaseError, CommitRecord
 from medmamba.inference.worker import WorkerSetup
 from medmamba.pipeline.cluster import Needs
+from medmamba.pipeline.cluster_worker import MakePredictor, Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -54,83 +50,6 @@ HANDED_OUT = 2
 POLL_S = 0.2
 GROW_EVERY_S = 5.0
 """How often the driver looks whether the cluster has room for more workers."""
-
-MakePredictor = Callable[[WorkerSetup], tuple[CasePredictor, dict[str, Any]]]
-
-
-class Segmenter:
-    """What runs in a worker: one model, loaded once, and cases one by one.
-
-    Two cases may be in work at once, of which one is in the network.
-    """
-
-    def __init__(self) -> None:
-        self._network = threading.Lock()
-
-    def join(self, setup: WorkerSetup, make: MakePredictor, version: str) -> dict[str, Any]:
-        """Load the model and say what computes.
-
-        Raises:
-            BundleError: another version of medmamba, or another model, than the driver's.
-            MedMambaError: the model cannot be used here.
-        """
-        if version != __version__:
-            raise BundleError(
-                f"a worker has medmamba {__version__}, the driver {version}. Install the same "
-                "version on all machines.",
-                code="E_VERSION_MIXED",
-            )
-        try:
-            predictor, about = make(setup)
-        except SecurityError as error:
-            raise BundleError(f"a worker: {error.message}", code="E_VERSION_MIXED") from error
-        self._setup = setup
-        self._predictor = predictor
-        self._parameters, self._numerics = predictor.parameters(), predictor.numerics()
-        return {
-            "parameters": to_plain(self._parameters),
-            "numerics": to_plain(self._numerics),
-            "about": about,
-            "pid": os.getpid(),
-            "host": platform.node(),
-        }
-
-    def segment(self, case: Case) -> dict[str, Any]:
-        """Take a case to its record, and return that with the events for the journal."""
-        setup, events = self._setup, _Events(self._setup.run_folder)
-        ledger = Ledger(
-            setup.folder, run=events, model=setup.model, parameters=self._parameters,
-            numerics=self._numerics, overwrite=setup.overwrite,
-        )  # fmt: skip
-        work = CaseWork(
-            ledger, self._predictor, gate=setup.gate, segments=setup.segments,
-            channel_names=setup.channel_names, budget_bytes=setup.budget_bytes,
-        )  # fmt: skip
-        job = work.read(case)
-        with self._network:
-            job = work.infer(job, DrainRequest(setup.grace_s))
-        job = work.export(job)
-        return {
-            "record": None if job.record is None else to_plain(job.record),
-            "short_of_memory": job.short_of_memory,
-            "events": events.noted,
-        }
-
-
-class _Events:
-    """A run whose journal is written by the driver."""
-
-    def __init__(self, folder: Path) -> None:
-        self.noted: list[tuple[str, dict[str, Any]]] = []
-        self._folder = folder
-
-    def log(self, event: str, **values: Any) -> None:
-        """Note one event."""
-        self.noted.append((event, values))
-
-    def set_aside(self, path: Path) -> None:
-        """Keep a mask that no record vouches for as evidence."""
-        set_aside(path, self._folder)
 
 
 def predict_on_cluster(

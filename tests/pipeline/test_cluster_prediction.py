@@ -24,7 +24,7 @@ from medmamba.inference.engine import predict_cases
 from medmamba.inference.history import events
 from medmamba.inference.records import read_record
 from medmamba.inference.worker import WorkerSetup
-from medmamba.pipeline.cluster_prediction import Segmenter
+from medmamba.pipeline.cluster_worker import Segmenter
 
 from ..conformance.phantom import nifti, packed, voxels
 from ..test_bundle import CONFIGURATION, tiny_plan, weights
