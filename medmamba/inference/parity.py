@@ -2,11 +2,11 @@
 
 Judged by labels on one image, since errors of logits matter where they decide. A rate of changed
 voxels is judged by a count, which varies: a model is turned down where it changes more voxels than
-one that just keeps a Dice of 0.999 would, with three standard deviations to spare.
+one that just keeps a Dice of 0.999 would by chance, one time in `CHANCE`.
 """
 
 from collections.abc import Iterator
-from math import sqrt
+from math import exp, sqrt
 
 import torch
 from torch import Tensor
@@ -17,7 +17,14 @@ from medmamba.labels import LabelMap
 from medmamba.volume import Volume
 
 REQUIRED_DICE = 0.999
-SPARE_DEVIATIONS = 3.0
+CHANCE = 0.00135
+"""Of a normal variable beyond three standard deviations; counts are small, and Poisson's."""
+
+EXACT_BELOW = 500.0
+"""Rates from which the normal approximation says the same."""
+
+LEAST_CHANGES = 3
+"""Changes that are no sign of anything, however small a structure is."""
 
 LARGEST_ERROR = 0.05
 """Of logits, in their standard deviations; in bfloat16 sound networks show 0.002 to 0.01."""
@@ -37,8 +44,7 @@ def compare_precisions(full: Predictor, reduced: Predictor, image: Volume) -> Pa
         changed |= one ^ other
         if voxels:
             dice[name] = round(1 - flips / voxels, 6)
-            usual = (1 - REQUIRED_DICE) * voxels
-            alike &= flips <= usual + SPARE_DEVIATIONS * sqrt(max(1.0, usual))
+            alike &= flips <= most_by_chance((1 - REQUIRED_DICE) * voxels)
     return Parity(
         precision=reduced.settings.precision,
         # What had to be repeated in float32 was not finite.
@@ -48,6 +54,19 @@ def compare_precisions(full: Predictor, reduced: Predictor, image: Volume) -> Pa
         changed=int(changed.sum()),
         logits_error=round(error, 5),
     )
+
+
+def most_by_chance(usual: float) -> int:
+    """Return the largest count that is no sign of a rate above ``usual`` (Poisson, `CHANCE`)."""
+    if usual > EXACT_BELOW:
+        return int(usual + 3 * sqrt(usual))
+    probability = beyond = exp(-usual)
+    count = 0
+    while 1 - beyond > CHANCE:
+        count += 1
+        probability *= usual / count
+        beyond += probability
+    return max(LEAST_CHANGES, count)
 
 
 def _masks(

@@ -1,6 +1,5 @@
 """From a model folder to networks on a device that segment cases, in a precision that holds."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from medmamba.inference.predictor import Predictor
     from medmamba.inference.records import Parity
     from medmamba.preprocessing.probability_file import ProbabilityKind
-
-logger = logging.getLogger(__name__)
 
 
 def make_predictor(
@@ -90,12 +87,11 @@ def _member(
     )
     if chosen == "fp32":
         return stages.predictor("fp32", mirror=mirror)
-    parity = stages.parity(chosen)
+    parity = stages.parity(chosen, mirror=mirror)
     if not parity.passed:
-        reason = f"fp32 instead of {chosen}, which {parity}"
-        logger.warning("%s: %s", bundle.manifest.name, reason)
-        # Who leaves the choice to us gets what was asked for: the fastest that holds.
-        fallbacks = () if was_free else (reason,)
+        # Who leaves the choice to us gets what was asked for: the fastest that holds. What was
+        # chosen is said by `describe_settings`, once.
+        fallbacks = () if was_free else (f"fp32 instead of {chosen}, which {parity}",)
         return stages.predictor("fp32", mirror=mirror, parity=parity, fallbacks=fallbacks)
     return stages.predictor(chosen, mirror=mirror, parity=parity)
 
@@ -154,16 +150,22 @@ class _Stages:
             fallbacks=fallbacks,
         )
 
-    def parity(self, precision: str) -> "Parity":
-        """Compare reduced precision with float32 on the synthetic image of the acceptance test."""
+    def parity(self, precision: str, *, mirror: bool) -> "Parity":
+        """Compare reduced precision with float32 on the synthetic image of the acceptance test.
+
+        With the flips that will be averaged, which cancel errors where a model takes all of them
+        alike, and make it waver where it does not.
+        """
         from medmamba.inference.parity import compare_precisions
 
         image = synthetic_image(self._bundle.configuration, self._bundle.plan.intensities)
-        full, reduced = (self.predictor(each, mirror=False) for each in ("fp32", precision))
+        full, reduced = (self.predictor(each, mirror=mirror) for each in ("fp32", precision))
         return compare_precisions(full, reduced, image)
 
 
-def check_parity(model: Path, precision: str, device: str = "auto") -> "tuple[Parity, ...]":
+def check_parity(
+    model: Path, precision: str, device: str = "auto", *, mirror: bool = False
+) -> "tuple[Parity, ...]":
     """Compare reduced precision with float32 for every network of a model.
 
     Raises:
@@ -174,7 +176,9 @@ def check_parity(model: Path, precision: str, device: str = "auto") -> "tuple[Pa
     place = resolve_device(device)
     chosen = choose_precision(place, precision)
     bundle = load_bundle(model)
-    return tuple(_Stages(each, device=place).parity(chosen) for each in bundle.models)
+    return tuple(
+        _Stages(each, device=place).parity(chosen, mirror=mirror) for each in bundle.models
+    )
 
 
 def describe_settings(predictor: "EnsemblePredictor") -> str:

@@ -1,16 +1,18 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.stats import poisson
 from torch import Tensor, nn
 
 import medmamba
 from medmamba.bundle import load_bundle, save_bundle
-from medmamba.inference.parity import compare_precisions
+from medmamba.inference.parity import CHANCE, compare_precisions, most_by_chance
 from medmamba.inference.predictor import PredictionSettings, Predictor
 from medmamba.labels import LabelMap
 from medmamba.networks import build_network
@@ -40,14 +42,24 @@ class Wavering(nn.Module):
         return torch.cat([-x, x], dim=1)
 
 
-def predictors(network: nn.Module, label_map: LabelMap = CLASSES) -> list[Predictor]:
+class OneSided(Wavering):
+    """As sure as can be of each half of a patch, for a reason that mirroring takes away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = torch.sign(torch.arange(x.shape[-1]) - (x.shape[-1] - 1) / 2)
+        return super().forward(x) + torch.stack([-100 * sides, 100 * sides])[:, None, None]
+
+
+def predictors(
+    network: nn.Module, label_map: LabelMap = CLASSES, mirror_axes: tuple[int, ...] = ()
+) -> list[Predictor]:
     return [
         Predictor(
             [network],
             grid=Grid(spacing_mm=(1.0, 1.0, 1.0), patch_size=(16, 16, 16)),
             preprocessing=RECIPE,
             label_map=label_map,
-            settings=PredictionSettings(precision=precision),
+            settings=PredictionSettings(precision=precision, mirror_axes=mirror_axes),
         )
         for precision in ("fp32", "bf16")
     ]
@@ -79,6 +91,31 @@ def test_few_changes_of_a_small_probe_are_within_its_chance() -> None:
     found = compare_precisions(*predictors(Wavering(0.001)), image())
     assert found.passed
     assert 0 < found.changed < 10
+
+
+def test_a_model_is_judged_with_the_flips_that_will_be_averaged(tmp_path, monkeypatch) -> None:
+    network = OneSided(0.04)
+    assert compare_precisions(*predictors(network), image()).passed
+    assert not compare_precisions(*predictors(network, mirror_axes=(2,)), image()).passed
+
+    seen: list[tuple[int, ...]] = []
+
+    def spy(full: Predictor, reduced: Predictor, probe: Volume) -> Any:
+        seen.extend(each.settings.mirror_axes for each in (full, reduced))
+        return compare_precisions(full, reduced, probe)
+
+    monkeypatch.setattr("medmamba.inference.parity.compare_precisions", spy)
+    bundle = load_bundle(random_model(tmp_path / "model"))
+    for mirror in (True, False):
+        used = make_predictor(bundle, device="cpu", precision="bf16", mirror=mirror).settings
+        assert seen == [used.mirror_axes, used.mirror_axes]
+        assert bool(used.mirror_axes) is mirror
+        seen.clear()
+
+
+@pytest.mark.parametrize("usual", [0.5, 1.67, 20.0, 499.0, 501.0])
+def test_counts_are_judged_as_counts(usual: float) -> None:
+    assert abs(most_by_chance(usual) - poisson.ppf(1 - CHANCE, usual)) <= (usual > 500)
 
 
 def test_logits_that_are_not_finite_fail() -> None:
