@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba import __version__
+from medmamba.bundling.archives import archive_problem
 from medmamba.errors import BundleError, SecurityError
 from medmamba.files import RECORD_CONFIG, from_plain, read_json
 from medmamba.labels import UsualVolume
@@ -109,7 +110,7 @@ def find_bundle(path: Path) -> Path:
 
     Raises:
         BundleError: there is none; says what was looked for.
-        SecurityError: the path is a file in a format that can run code.
+        SecurityError: the path is a file in a format that can run code, or a harmful archive.
     """
     if path.is_file():
         if path.suffix.lower() in UNSAFE_SUFFIXES:
@@ -117,7 +118,14 @@ def find_bundle(path: Path) -> Path:
                 f"{path}: '{path.suffix}' files can run code when loaded. "
                 "Turn it into a model folder: `medmamba convert import-checkpoint FILE -o MODEL`."
             )
-        raise BundleError(f"{path}: is a file; a model is a folder with {MANIFEST_FILE}.")
+        if problem := archive_problem(path):
+            raise SecurityError(
+                f"{path}: {problem}. Do not unpack it; ask where it came from.",
+                code="E_MODEL_UNSAFE",
+            )
+        raise BundleError(
+            f"{path}: is a file; a model is a folder with {MANIFEST_FILE}. Unpack an archive first."
+        )
     for folder in (path, path / MODEL_FOLDER):
         if (folder / MANIFEST_FILE).is_file():
             return folder

@@ -56,6 +56,9 @@ MOSTLY_PADDING = 0.5
 than the patch are the rule, since planners round patches up."""
 
 
+HOST_ALLOCATOR = "DefaultCPUAllocator"
+"""Stands in the RuntimeError by which torch says that the host has too little memory."""
+
 OnTiles = Callable[[str, int, int], None]
 """Called within a case with (case id, tiles done, tiles in all)."""
 
@@ -321,7 +324,7 @@ class _Guard(AbstractContextManager[None]):
             return "rejected", problem.code, problem.message
         if isinstance(problem, MedMambaError):
             return "failed", problem.code, problem.message
-        if isinstance(problem, MemoryError):
+        if isinstance(problem, MemoryError) or HOST_ALLOCATOR in str(problem):
             self._job.short_of_memory = True
             return (
                 "failed",

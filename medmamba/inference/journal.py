@@ -48,6 +48,7 @@ SUMMARY_COLUMNS = (
     "usual_high_ml",
     "mean_probability",
     "mean_entropy",
+    "disagreement",
 )
 
 
@@ -248,6 +249,7 @@ def summary_rows(records: Sequence[CommitRecord]) -> list[list[object]]:
                 *([item.usual.low_ml, item.usual.high_ml] if item.usual else [None, None]),
                 item.confidence and item.confidence.mean_probability,
                 item.confidence and item.confidence.mean_entropy,
+                item.confidence and item.confidence.disagreement,
             ]
             for item in record.labels
         ]

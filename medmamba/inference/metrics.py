@@ -35,7 +35,7 @@ class MetricsFile:
         self._write(running=True)
 
     def report(self, record: CommitRecord, done: int, total: int, left_s: float) -> None:
-        """Count a decided case; the arguments are those of ``engine.OnCase``."""
+        """Count a decided case; the arguments are those of ``assignment.OnCase``."""
         self._counts[record.status] += 1
         if record.error is not None and record.status in self._codes:
             self._codes[record.status][record.error.code] += 1

@@ -26,6 +26,7 @@ from medmamba.inference.sliding_window import (
     TileSource,
     tile_batch_size,
 )
+from medmamba.inference.votes import Votes
 from medmamba.labels import LabelMap
 from medmamba.networks.memory_format import pack_weights
 from medmamba.preprocessing.confidence import Confidence
@@ -95,14 +96,21 @@ class Course:
     Args:
         fallbacks: what had to be done differently than settings say.
         tiles: of all networks that did not see the same ones.
+        votes: of flips and folds; None before any were counted.
     """
 
     fallbacks: tuple[str, ...] = ()
     tiles: TileCount = field(default_factory=TileCount)
+    votes: Votes | None = None
 
     def note(self, fallback: str) -> None:
         """Add a fallback, once."""
         self.fallbacks = tuple(dict.fromkeys((*self.fallbacks, fallback)))
+
+    def add(self, stream: PlaneStream, votes: Votes) -> None:
+        """Add what a stream that came to its end has counted."""
+        self.tiles += TileCount(total=stream.tiles, reused=stream.reused)
+        self.votes = votes if self.votes is None else self.votes + votes
 
 
 class _Stream(Protocol):
@@ -118,9 +126,14 @@ class _Stream(Protocol):
 
 def segmented(stream: _Stream, course: Course) -> Segmented:
     """Put together what a case became."""
+    labels = stream.finish()
+    apart = {} if course.votes is None else course.votes.disagreement
     return Segmented(
-        labels=stream.finish(),
-        confidence=stream.confidence,
+        labels=labels,
+        confidence={
+            name: replace(found, disagreement=apart.get(name))
+            for name, found in stream.confidence.items()
+        },
         fallbacks=course.fallbacks,
         tiles=course.tiles,
     )
@@ -333,7 +346,8 @@ class Predictor:
         for rung in (*_LADDER, *([_ON_CPU] if self.settings.cpu_fallback else [])):
             try:
                 with self._networks_on(rung):
-                    stream = self._stream(source, precision, rung, on_tiles)
+                    votes = Votes(self.label_map)
+                    stream = self._stream(source, precision, rung, on_tiles, votes)
                     for start, planes in stream:
                         fresh = planes[:, max(0, reached - start) :]
                         if fresh.shape[1]:
@@ -346,7 +360,7 @@ class Predictor:
                 continue
             if rung.name:
                 course.note(rung.name)
-            course.tiles += TileCount(total=stream.tiles, reused=stream.reused)
+            course.add(stream, votes)
             return
         raise EnvironmentFault(
             f"device {self.settings.device}: too little memory for one patch of "
@@ -370,7 +384,12 @@ class Predictor:
                 network.to(self.settings.device)
 
     def _stream(
-        self, source: TileSource, precision: str, rung: _Rung, on_tiles: TileProgress | None
+        self,
+        source: TileSource,
+        precision: str,
+        rung: _Rung,
+        on_tiles: TileProgress | None,
+        votes: Votes,
     ) -> PlaneStream:
         settings = self.settings
         return PlaneStream(
@@ -386,6 +405,7 @@ class Predictor:
             accumulate_on=CPU if rung.accumulate_on_host else settings.device,
             on_tiles=on_tiles,
             reuse_constant=settings.reuse_constant,
+            votes=votes,
         )
 
 

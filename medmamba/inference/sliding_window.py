@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medmamba.inference.tiling import flip_sets, importance_map, padding_to, tile_origins
+from medmamba.inference.votes import Votes
 
 TileProgress = Callable[[int, int], None]
 """Called after every batch with (tiles done, tiles in all); may raise to abandon the image."""
@@ -144,6 +145,7 @@ class PlaneStream:
         accumulate_on: where the result is summed; the device when omitted.
         on_tiles: progress.
         reuse_constant: compute tiles of one single value (air, outside) once per value.
+        votes: counts what flips and networks said apart from each other, on computed tiles.
 
     Attributes:
         tiles: how many there are.
@@ -165,6 +167,7 @@ class PlaneStream:
         accumulate_on: torch.device | None = None,
         on_tiles: TileProgress | None = None,
         reuse_constant: bool = True,
+        votes: Votes | None = None,
     ) -> None:
         self._source = source
         self._patch = patch_size
@@ -176,7 +179,11 @@ class PlaneStream:
         self._origins = tile_origins(self._shape, patch_size, step)
         flips = flip_sets(mirror_axes)
         self._per_pass = max(1, tile_batch // len(flips))
-        self._run = partial(_outputs, networks, flips=flips, batch=tile_batch, half=compat)
+        passes = len(flips) * len(networks)
+        self._run = partial(
+            _outputs, networks, flips=flips, batch=tile_batch, half=compat,
+            votes=votes if passes > 1 else None,
+        )  # fmt: skip
         self._autocast = autocast
         self._on_tiles = on_tiles
         self._reuse = reuse_constant
@@ -270,16 +277,24 @@ def _outputs(
     flips: tuple[tuple[int, ...], ...],
     batch: int,
     half: bool,
+    votes: Votes | None,
 ) -> list[list[Tensor]]:
     """Per tile the logits to add up: of each network in compat mode, else their mean."""
-    logits = [_mirrored(network, tiles, flips, batch=batch, half=half) for network in networks]
-    if half:
-        return [list(parts) for parts in zip(*logits, strict=True)]
-    total = logits[0]
+    ballots: list[Tensor] = []
+    listen = None if votes is None else lambda output: ballots.append(votes.ballot(output))
+    logits = [
+        _mirrored(network, tiles, flips, batch=batch, half=half, listen=listen)
+        for network in networks
+    ]
+    total = logits[0].clone() if half and len(logits) > 1 else logits[0]
     for other in logits[1:]:
         total = total.add_(other)
     if len(logits) > 1:
         total = total.div_(len(logits))
+    if votes is not None:
+        votes.count(ballots, total)
+    if half:
+        return [list(parts) for parts in zip(*logits, strict=True)]
     return [[tile] for tile in total]
 
 
@@ -353,6 +368,7 @@ def _mirrored(
     *,
     batch: int,
     half: bool,
+    listen: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Mean logits over flips, (T, K, *patch); several flips share a pass where ``batch`` allows.
 
@@ -368,6 +384,8 @@ def _mirrored(
         parts = torch.split(outputs if half else outputs.float(), count)
         for axes, output in zip(chosen, parts, strict=True):
             straight = output.flip(axes) if axes else output
+            if listen is not None:
+                listen(straight)
             total = straight if total is None else total.add_(straight)
     assert total is not None
     return total.div_(len(flips)) if len(flips) > 1 else total

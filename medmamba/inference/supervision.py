@@ -9,30 +9,20 @@ worker. No torch here, so that nothing the supervisor does can crash or run out 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
-from medmamba import errors
+from medmamba import __version__, errors
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import EnvironmentFault, MedMambaError
 from medmamba.files import from_plain, remove_leftovers, to_plain
-from medmamba.inference.casework import OnTiles
+from medmamba.inference.assignment import Assignment, PredictionRun, Tally
 from medmamba.inference.draining import DrainRequest
-from medmamba.inference.engine import (
-    FailOn,
-    OnCase,
-    PredictionRun,
-    Tally,
-    count_work,
-    finish_run,
-    prepare_folder,
-)
+from medmamba.inference.engine import finish_run
 from medmamba.inference.job import Job
-from medmamba.inference.journal import OnEvent, Run
+from medmamba.inference.journal import Run
 from medmamba.inference.ledger import Ledger
-from medmamba.inference.overlap import Work
 from medmamba.inference.records import CaseError, CommitRecord
 from medmamba.inference.worker import WorkerSetup
 from medmamba.inference.worker_process import Message, WorkerDiedError, WorkerProcess
@@ -52,69 +42,47 @@ POLL_S = 0.1
 DRAIN_MARGIN_S = 1.0
 """What a worker may take beyond the grace period to say good-bye."""
 
-OnReady = Callable[[dict[str, Any]], None]
-"""Called with what a worker says of its predictor, when the first one has loaded the model."""
-
 
 def predict_supervised(
-    cases: Iterable[Work],
+    assignment: Assignment,
     setup: WorkerSetup,
     start: Callable[[], WorkerProcess],
     drain: DrainRequest,
     *,
-    rejected: Sequence[Rejection] = (),
-    total: int | None = None,
-    shard: str = "",
-    fail_on: FailOn = "any",
-    max_failures: int | None = None,
     timeout_s: float | None = None,
-    on_case: OnCase | None = None,
-    on_tiles: OnTiles | None = None,
-    on_ready: OnReady | None = None,
-    on_event: OnEvent | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, as ``engine.predict_cases`` does.
 
     Args:
-        cases: what to predict; a stream is read a few cases ahead and never kept.
+        assignment: what to predict, and whom to tell.
         setup: what workers are told; its ``run_folder`` is filled in here.
         start: starts a worker process.
         drain: whether and by which signal the run is asked to end.
-        rejected: cases turned away before, to be recorded with the rest.
-        total: length of a stream, where somebody knows it.
-        shard: which share of the work this is, as INDEX/COUNT; for the journal.
-        fail_on: which failures show in the exit code.
-        max_failures: stop after so many cases without a mask.
         timeout_s: a case that takes longer than this is given up; None for no limit.
-        on_case: called per finished case.
-        on_tiles: called within a case.
-        on_ready: called once, when the model is loaded.
-        on_event: called with every event of the journal.
 
     Raises:
         MedMambaError: what a worker met that concerns the whole run, such as a broken model.
         EnvironmentFault: the folder cannot be written, or workers die before they begin.
         UsageError: the folder holds the inputs.
     """
-    prepare_folder(cases, setup.folder)
-    run = Run(setup.folder, on_event=on_event)
-    total = count_work(cases, rejected, total)
-    tally = Tally(total, on_case=on_case, max_failures=max_failures)
+    assignment.prepare_folder(setup.folder)
+    run = Run(setup.folder, on_event=assignment.on_event)
+    tally = Tally(assignment)
     with run:
-        run.log("started", cases=total, rejected=len(rejected), shard=shard)
+        run.log("started", **assignment.describe())
         supervision = _Supervision(
-            replace(setup, run_folder=run.folder), start, drain, tally, run,
-            timeout_s=timeout_s, on_tiles=on_tiles, on_ready=on_ready,
+            assignment, replace(setup, run_folder=run.folder), start, drain, tally, run,
+            timeout_s=timeout_s,
         )  # fmt: skip
         try:
-            supervision.run(chain(rejected, cases))
+            supervision.run()
         finally:
             supervision.close()
-        exit_code = drain.exit_code or tally.exit_code(fail_on)
+        exit_code = drain.exit_code or tally.exit_code
         finish_run(
             run, setup.folder, exit_code, setup.model, supervision.parameters, setup.overwrite
         )
-    return tally.outcome(run, setup.folder, exit_code)
+    return tally.outcome(run.run_id, setup.folder, exit_code)
 
 
 @dataclass(kw_only=True)
@@ -173,6 +141,7 @@ class _Supervision:
 
     def __init__(
         self,
+        assignment: Assignment,
         setup: WorkerSetup,
         start: Callable[[], WorkerProcess],
         drain: DrainRequest,
@@ -180,8 +149,6 @@ class _Supervision:
         run: Run,
         *,
         timeout_s: float | None,
-        on_tiles: OnTiles | None,
-        on_ready: OnReady | None,
     ) -> None:
         self.parameters: dict[str, Any] = {}
         self._setup = setup
@@ -190,18 +157,16 @@ class _Supervision:
         self._tally = tally
         self._run = run
         self._timeout_s = timeout_s
-        self._on_tiles = on_tiles
-        self._on_ready = on_ready
+        self._assignment = assignment
         self._worker: _Worker | None = None
         self._ledger: Ledger | None = None
-        self._source: Iterator[Work] = iter(())
+        self._source = assignment.work
         self._exhausted = False
         self._queue: deque[_Task] = deque()
         self._failed_starts = 0
 
-    def run(self, work: Iterable[Work]) -> None:
+    def run(self) -> None:
         """Decide all cases, or as many as signals and failures allow."""
-        self._source = iter(work)
         worker = self._started()
         while not worker.ready:
             if self._drain.requested:
@@ -283,6 +248,7 @@ class _Supervision:
         now = time.monotonic()
         if "hello" in message:
             worker.token = message["hello"]
+            _require_same("medmamba", __version__, message["version"])
         elif "ready" in message:
             self._note_ready(message, worker)
         elif "stage" in message and task is not None:
@@ -291,8 +257,8 @@ class _Supervision:
             task.enter(message["stage"], now)
         elif "tiles" in message and task is not None:
             task.heard = now
-            if self._on_tiles is not None:
-                self._on_tiles(task.case.id, message["done"], message["total"])
+            if self._assignment.on_tiles is not None:
+                self._assignment.on_tiles(task.case.id, message["done"], message["total"])
         elif "log" in message:
             self._run.log(message["log"], **message["values"])
         elif "settled" in message:
@@ -310,8 +276,10 @@ class _Supervision:
                 parameters=self.parameters, numerics=message["numerics"],
                 overwrite=self._setup.overwrite,
             )  # fmt: skip
-            if self._on_ready is not None:
-                self._on_ready(message["about"])
+            if self._assignment.on_ready is not None:
+                self._assignment.on_ready(message["about"])
+        for name, value in self.parameters.items():
+            _require_same(name, value, message["ready"].get(name))
 
     def _settle(self, message: Message, task: _Task) -> None:
         if message["short_of_memory"] and not task.alone:
@@ -400,6 +368,20 @@ class _Supervision:
             if message is not None:
                 self._take_in(message, worker)
         self._run.log("abandoned", cases=list(worker.tasks))
+
+
+def _require_same(what: str, expected: object, found: object) -> None:
+    """Let no worker go on that would compute otherwise than the run began.
+
+    Raises:
+        EnvironmentFault: it would; the installation or the machine has changed meanwhile.
+    """
+    if found != expected:
+        raise EnvironmentFault(
+            f"a worker process has {what} {found}, the run {expected}: the installation or the "
+            "machine changed while it went on. Run again.",
+            code="E_VERSION_MIXED",
+        )
 
 
 def _fault(message: Message) -> Exception:

@@ -5,8 +5,8 @@ with one of these keys.
 
 From the supervisor: ``setup`` (once, first), ``case``, ``drain``. When there are no more cases it
 just ends the process.
-To the supervisor: ``hello`` (with the token of temporary files), ``ready`` (the predictor's
-parameters), ``stage``, ``tiles``, ``log``, ``settled``, ``ended``, ``fault``.
+To the supervisor: ``hello`` (with the token of temporary files, and the version), ``ready`` (the
+predictor's parameters), ``stage``, ``tiles``, ``log``, ``settled``, ``ended``, ``fault``.
 """
 
 import logging
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from medmamba import __version__
 from medmamba.dataset import Case
 from medmamba.errors import MedMambaError
 from medmamba.files import PROCESS_TOKEN, RECORD_CONFIG, from_plain, to_plain
@@ -81,7 +82,7 @@ MakePredictor = Callable[[WorkerSetup], tuple[CasePredictor, dict[str, Any]]]
 
 def serve(make: MakePredictor, supervisor: Supervisor) -> None:
     """Work for a supervisor until it says to stop."""
-    supervisor.tell(hello=PROCESS_TOKEN)
+    supervisor.tell(hello=PROCESS_TOKEN, version=__version__)
     try:
         setup = from_plain(
             WorkerSetup, supervisor.hear()["setup"], what="worker", error=MedMambaError

@@ -10,9 +10,8 @@ torch here.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -20,18 +19,11 @@ from medmamba import __version__
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import BundleError, EnvironmentFault, MedMambaError
 from medmamba.files import from_plain
+from medmamba.inference.assignment import Assignment, OnReady, PredictionRun, Tally
 from medmamba.inference.draining import DrainRequest
-from medmamba.inference.engine import (
-    FailOn,
-    OnCase,
-    PredictionRun,
-    Tally,
-    count_work,
-    finish_run,
-    prepare_folder,
-)
+from medmamba.inference.engine import finish_run
 from medmamba.inference.job import Job
-from medmamba.inference.journal import OnEvent, Run, sweep_temporary_files
+from medmamba.inference.journal import Run, sweep_temporary_files
 from medmamba.inference.ledger import Ledger
 from medmamba.inference.overlap import Work
 from medmamba.inference.records import CaseError, CommitRecord
@@ -54,65 +46,48 @@ GROW_EVERY_S = 5.0
 
 def predict_on_cluster(
     ray: ModuleType,
-    cases: Iterable[Work],
+    assignment: Assignment,
     setup: WorkerSetup,
     make: MakePredictor,
     drain: DrainRequest,
     *,
     needs: Needs,
-    rejected: Sequence[Rejection] = (),
-    total: int | None = None,
-    shard: str = "",
-    fail_on: FailOn = "any",
-    max_failures: int | None = None,
     timeout_s: float | None = None,
-    on_case: OnCase | None = None,
-    on_event: OnEvent | None = None,
-    on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, as ``engine.predict_cases`` does.
 
     Args:
         ray: from ``cluster.ray_cluster``.
-        cases: what to predict; a stream is read a few cases ahead and never kept.
+        assignment: what to predict, and whom to tell; not of tiles.
         setup: what workers are told; its ``run_folder`` is filled in here.
         make: makes the predictor in a worker; it must be importable there.
         drain: whether and by which signal the run is asked to end.
         needs: of one worker.
-        rejected: cases turned away before, to be recorded with the rest.
-        total: length of a stream, where somebody knows it.
-        shard: which share of the work this is, as INDEX/COUNT; for the journal.
-        fail_on: which failures show in the exit code.
-        max_failures: stop after so many cases without a mask.
         timeout_s: a case that takes longer than this is given up with its worker.
-        on_case: called per finished case.
-        on_event: called with every event of the journal.
-        on_ready: called once, with what the first worker says of its predictor.
 
     Raises:
         BundleError: workers differ from the driver or among each other.
         MedMambaError: what a worker met that concerns the whole run.
         EnvironmentFault: the folder cannot be written, or workers are lost before they begin.
     """
-    prepare_folder(cases, setup.folder)
-    run = Run(setup.folder, on_event=on_event)
-    total = count_work(cases, rejected, total)
-    tally = Tally(total, on_case=on_case, max_failures=max_failures)
+    assignment.prepare_folder(setup.folder)
+    run = Run(setup.folder, on_event=assignment.on_event)
+    tally = Tally(assignment)
     with run:
-        run.log("started", cases=total, rejected=len(rejected), shard=shard, engine="ray")
+        run.log("started", **assignment.describe(), engine="ray")
         driver = _Driver(
             ray, replace(setup, run_folder=run.folder), make, drain, tally, run,
-            needs=needs, timeout_s=timeout_s, on_ready=on_ready,
+            needs=needs, timeout_s=timeout_s, on_ready=assignment.on_ready,
         )  # fmt: skip
         try:
-            driver.run(chain(rejected, cases))
+            driver.run(assignment.work)
         finally:
             driver.close()
-        exit_code = drain.exit_code or tally.exit_code(fail_on)
+        exit_code = drain.exit_code or tally.exit_code
         finish_run(run, setup.folder, exit_code, setup.model, driver.parameters, setup.overwrite)
     # What killed workers were writing; nobody does any more, unless another run is there.
     sweep_temporary_files(setup.folder)
-    return tally.outcome(run, setup.folder, exit_code)
+    return tally.outcome(run.run_id, setup.folder, exit_code)
 
 
 @dataclass(kw_only=True)
@@ -150,7 +125,7 @@ class _Driver:
         *,
         needs: Needs,
         timeout_s: float | None,
-        on_ready: Callable[[dict[str, Any]], None] | None,
+        on_ready: OnReady | None,
     ) -> None:
         self.parameters: dict[str, Any] = {}
         self._ray = ray

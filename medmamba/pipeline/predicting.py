@@ -26,8 +26,8 @@ from medmamba.preprocessing.memory_gate import available_bytes
 from medmamba.reporting.viewer import require_viewer
 
 if TYPE_CHECKING:
+    from medmamba.inference.assignment import Assignment, OnCase, PredictionRun
     from medmamba.inference.casework import OnTiles
-    from medmamba.inference.engine import OnCase, PredictionRun
     from medmamba.inference.journal import OnEvent
     from medmamba.inference.records import CommitRecord
     from medmamba.inference.worker_process import WorkerProcess
@@ -165,6 +165,7 @@ def predict(
         UsageError: no image there, or the output holds the images.
         EnvironmentFault: no such device, or the output cannot be written.
     """
+    from medmamba.inference.assignment import Assignment
     from medmamba.inference.engine import predict_cases
     from medmamba.inference.records import ModelIdentity
     from medmamba.inference.supervision import predict_supervised
@@ -211,11 +212,6 @@ def predict(
             on_decided = _placing(tree, on_decided)
         write_viewer_labels(folder, viewer_labels(bundle), labels_for)
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
-        books: dict[str, Any] = {
-            "rejected": rejected, "total": total, "shard": str(share or ""), "fail_on": fail_on,
-            "max_failures": max_failures, "on_case": on_decided, "on_event": on_event,
-            "on_tiles": _progress_to(on_event),
-        }  # fmt: skip
         reading: dict[str, Any] = {
             "gate": gate, "segments": segments_of(bundle.manifest), "overwrite": overwrite,
             "channel_names": bundle.manifest.channels,
@@ -226,27 +222,29 @@ def predict(
             if on_message is not None:
                 on_message(_describe(bundle, total, len(rejected), settings))
 
+        assignment = Assignment(
+            cases=cases, rejected=rejected, total=total, shard=str(share or ""), fail_on=fail_on,
+            alert=gate.strict, max_failures=max_failures, on_case=on_decided, on_event=on_event,
+            on_tiles=_progress_to(on_event), on_ready=lambda about: announce(about["settings"]),
+        )  # fmt: skip
         if on_ray:
             run = _predict_on_ray(
-                address, cases, bundle, folder, drain, options, reading, books,
-                timeout_s=timeout_per_case, announce=announce,
+                address, assignment, bundle, folder, drain, options, reading,
+                timeout_s=timeout_per_case,
             )  # fmt: skip
         elif start is None:
             predictor = make_predictor(bundle, **options)
             announce(describe_settings(predictor))
             run = predict_cases(
-                cases, folder, predictor, model=identity, drain=drain, **books, **reading,
-            )  # fmt: skip
+                assignment, folder, predictor, model=identity, drain=drain, **reading
+            )
         else:
             setup = WorkerSetup(
                 folder=folder, model=identity, **reading,
                 options={"bundle": str(bundle.folder), **options}, grace_s=drain.grace_s,
                 log_level=logging.getLogger().getEffectiveLevel(),
             )  # fmt: skip
-            run = predict_supervised(
-                cases, setup, start, drain, timeout_s=timeout_per_case,
-                on_ready=lambda about: announce(about["settings"]), **books,
-            )  # fmt: skip
+            run = predict_supervised(assignment, setup, start, drain, timeout_s=timeout_per_case)
     # After a signal there is no time for pictures.
     wants_page = report and not drain.requested
     page = report_run(run, cases, interactive=report_interactive) if wants_page else None
@@ -281,16 +279,14 @@ def open_work(
 
 def _predict_on_ray(
     address: str | None,
-    cases: Iterable[Work],
+    assignment: "Assignment",
     bundle: Bundle,
     folder: Path,
     drain: DrainRequest,
     options: dict[str, Any],
     reading: dict[str, Any],
-    books: dict[str, Any],
     *,
     timeout_s: float | None,
-    announce: Callable[[str], None],
 ) -> "PredictionRun":
     """Predict on a Ray cluster; each worker takes a GPU where there are any and --device allows."""
     from medmamba.inference.records import ModelIdentity
@@ -311,10 +307,8 @@ def _predict_on_ray(
         wants_gpu = options["device"] != "cpu" and largest_node(ray).gpus > 0
         needs = Needs(cpus=options["workers"] or 1, gpus=float(wants_gpu))
         return predict_on_cluster(
-            ray, cases, setup, make_predictor_of, drain, needs=needs, timeout_s=timeout_s,
-            on_ready=lambda about: announce(about["settings"]),
-            **{key: value for key, value in books.items() if key != "on_tiles"},
-        )  # fmt: skip
+            ray, assignment, setup, make_predictor_of, drain, needs=needs, timeout_s=timeout_s
+        )
 
 
 def _progress_to(on_event: "OnEvent | None") -> "OnTiles | None":

@@ -1,19 +1,26 @@
 """From a model folder to networks on a device that segment cases, in a precision that holds."""
 
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmamba.acceptance import synthetic_image
 from medmamba.bundle import Bundle, load_bundle, load_networks, load_previous_networks
+from medmamba.errors import EnvironmentFault
 from medmamba.plans.plan import ConfigurationPlan
+from medmamba.preprocessing.memory_gate import available_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from medmamba.inference.ensemble import EnsemblePredictor
     from medmamba.inference.predictor import Predictor
     from medmamba.inference.records import Parity
     from medmamba.preprocessing.probability_file import ProbabilityKind
+
+LEAST_FEATURE_MAPS = 2
+"""That are there at once in any network: what a convolution reads and what it writes."""
 
 
 def make_predictor(
@@ -70,6 +77,9 @@ def _member(
     from medmamba.training.precision import choose_precision, has_native_bf16, resolve_device
 
     chosen_device = resolve_device(device)
+    if not cpu_fallback:
+        for branch in filter(None, (bundle.previous, bundle.configuration)):
+            _require_room(branch, chosen_device, bundle.manifest.name)
     if workers is not None:
         torch.set_num_threads(workers)
     trained, was_free = bundle.manifest.precision, precision == "auto"
@@ -94,6 +104,29 @@ def _member(
         fallbacks = () if was_free else (f"fp32 instead of {chosen}, which {parity}",)
         return stages.predictor("fp32", mirror=mirror, parity=parity, fallbacks=fallbacks)
     return stages.predictor(chosen, mirror=mirror, parity=parity)
+
+
+def _require_room(branch: ConfigurationPlan, device: "torch.device", model: str) -> None:
+    """Refuse a plan whose patch cannot be computed here, before anything is loaded.
+
+    Raises:
+        EnvironmentFault: two feature maps of the first stage alone take more than there is.
+    """
+    import torch
+
+    patch = branch.grid.patch_size
+    stage = branch.network
+    voxels = prod(ceil(size / stride) for size, stride in zip(patch, stage.strides[0], strict=True))
+    needed = voxels * stage.features[0] * LEAST_FEATURE_MAPS * torch.float32.itemsize
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else available_bytes()
+    if needed > there:
+        raise EnvironmentFault(
+            f"model {model}: one patch of {'x'.join(map(str, patch))} voxels takes at least "
+            f"{needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB. Use a machine with "
+            "more memory, or a model planned for less (plan --gpu-memory).",
+            code="E_MEM_GPU" if on_gpu else "E_MEM_HOST",
+        )
 
 
 class _Stages:

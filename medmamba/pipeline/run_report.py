@@ -11,7 +11,7 @@ from medmamba.inference.overlap import Work
 from medmamba.reporting import REPORT_FILE, write_page
 
 if TYPE_CHECKING:
-    from medmamba.inference.engine import PredictionRun
+    from medmamba.inference.assignment import PredictionRun
 
 logger = logging.getLogger(__name__)
 

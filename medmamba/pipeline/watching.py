@@ -19,7 +19,7 @@ from medmamba.pipeline.predicting import PredictOutcome, predict
 
 if TYPE_CHECKING:
     from medmamba.bundle import Bundle
-    from medmamba.inference.engine import OnCase
+    from medmamba.inference.assignment import OnCase
     from medmamba.inference.records import CommitRecord
 
 logger = logging.getLogger(__name__)

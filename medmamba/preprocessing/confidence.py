@@ -23,12 +23,15 @@ class Confidence:
     Args:
         mean_probability: of the label, over the voxels where it won.
         mean_entropy: over the same voxels; 0 is certain, 1 is a guess.
+        disagreement: share of flips and folds that said something else there; None where the
+            networks spoke once.
     """
 
     __pydantic_config__ = RECORD_CONFIG
 
     mean_probability: float
     mean_entropy: float
+    disagreement: float | None = None
 
 
 class ConfidenceSums:

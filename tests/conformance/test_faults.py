@@ -99,7 +99,9 @@ def test_a_model_that_cannot_be_trusted_starts_nothing(
     spoil, code, word, model, images, medmamba, tmp_path
 ) -> None:
     spoil(model)
-    found, _, error = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model)
+    # What only loading the network shows is met by the worker; once is enough for that.
+    alone = [] if word == "NaN" else ["--in-process"]
+    found, _, error = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model, *alone)
     assert found == code, error
     assert word in error
     assert "Traceback" not in error
@@ -156,6 +158,32 @@ def test_names_that_collide_are_both_rejected(model, images, medmamba, tmp_path)
     assert records["case0"]["status"] == "ok"
 
 
+UNSAFE_NAMES = ("../../etc/x", "/etc/x", "a\0b", "a\nb", "\x1b[2J", "..")
+
+
+def test_unsafe_names_of_a_list_are_rejected_and_raise_an_alarm_where_asked_to(
+    model, images, medmamba, tmp_path
+) -> None:
+    names = ("case0", *UNSAFE_NAMES, "case1")
+    rows = [{"case_id": name, "channel_0": f"case{len(name) % 2}_0000.nii.gz"} for name in names]
+    work = images / "work.jsonl"
+    work.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "out")}
+    for options, expected in (([], 4), (["--strict"], 7), (["--strict", "--fail-on", "never"], 0)):
+        code, records = predict(
+            medmamba, work, tmp_path / "out", model, "--in-process", "--no-report", *options
+        )
+        assert code == expected
+        statuses = [record["status"] for name, record in records.items() if name[:4] == "case"]
+        assert len(records) == len(names)
+        assert set(statuses[:2]) <= {"ok", "skipped"}
+        rejected = [record for record in records.values() if record["status"] == "rejected"]
+        assert [record["error"]["code"] for record in rejected] == ["E_PATH_UNSAFE"] * 6
+    after = {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "out")}
+    assert after == before
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+
+
 ODD_NAMES = ("-lead", "with space", "ümlaut 🧠", "=cmd()", "x" * 200, "<script>alert(1)<script>")
 
 
@@ -196,7 +224,7 @@ def test_a_run_of_failures_can_be_stopped(model, images, medmamba, tmp_path) -> 
     for number in range(6):
         (images / f"a{number}_0000.nii.gz").write_bytes(packed(nifti(voxels()))[:-20])
     code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model,
-                            "--max-failures", "2", "--json")  # fmt: skip
+                            "--max-failures", "2", "--json", "--in-process")  # fmt: skip
     assert code in (4, 5)
     assert len(json.loads(out)["cases"]) < 8
 
@@ -320,7 +348,8 @@ def test_no_socket_is_opened(model, images, medmamba, tmp_path, monkeypatch) -> 
 
 def test_a_run_ends_with_a_page_unless_asked_not_to(model, images, medmamba, tmp_path) -> None:
     (images / "bad_0000.nii.gz").write_bytes(b"")
-    code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--json")
+    arguments = ("predict", "-i", images, "-m", model, "--json", "--in-process", "-o")
+    code, out, _ = medmamba(*arguments, tmp_path / "out")
     said = json.loads(out)
     assert code == 4
     page = Path(said["report"])
@@ -328,9 +357,7 @@ def test_a_run_ends_with_a_page_unless_asked_not_to(model, images, medmamba, tmp
     text = page.read_text(encoding="utf-8")
     assert text.count("<img") == 8
     assert "E_IO_EMPTY" in text
-    code, out, _ = medmamba(
-        "predict", "-i", images, "-o", tmp_path / "none", "-m", model, "--json", "--no-report"
-    )
+    code, out, _ = medmamba(*arguments, tmp_path / "none", "--no-report")
     assert json.loads(out)["report"] is None
     assert not list((tmp_path / "none").rglob("report.html"))
 
@@ -342,7 +369,8 @@ def test_a_page_that_cannot_be_made_costs_no_mask(
         raise OSError("no space")
 
     monkeypatch.setattr("medmamba.pipeline.run_report.write_page", refuse)
-    code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--json")
+    code, out, _ = medmamba("predict", "-i", images, "-o", tmp_path / "out", "-m", model, "--json",
+                            "--in-process")  # fmt: skip
     assert code == 0
     assert json.loads(out)["report"] is None
     assert "no report of the run (OSError)" in caplog.text

@@ -38,9 +38,9 @@ def write_good(folder: Path) -> None:
         (folder / f"{name}_0000.nii.gz").write_bytes(packed(nifti(voxels(seed))))
 
 
-def predict(images: Path, output: Path, model: Path):
+def predict(images: Path, output: Path, model: Path, *options: str):
     return CliRunner().invoke(
-        app, ["predict", "-i", str(images), "-o", str(output), "-m", str(model), "--json"]
+        app, ["predict", "-i", str(images), "-o", str(output), "-m", str(model), "--json", *options]
     )
 
 
@@ -56,7 +56,8 @@ def outcome(tmp_path_factory, model) -> tuple[dict, Path, Path, float]:
     took = time.monotonic() - begun
     assert result.exit_code == 4, result.output
     write_good(place / "alone")
-    assert predict(place / "alone", place / "out_alone", model).exit_code == 0
+    alone = predict(place / "alone", place / "out_alone", model, "--in-process")
+    assert alone.exit_code == 0
     records = {item["case_id"]: item for item in json.loads(result.stdout)["cases"]}
     return records, place / "out", place / "out_alone", took
 
@@ -132,7 +133,7 @@ def test_check_says_the_same_without_predicting(outcome, model, tmp_path) -> Non
 def test_an_unreadable_file_is_rejected(model, tmp_path) -> None:
     write_good(tmp_path / "images")
     (tmp_path / "images" / f"{GOOD[0]}_0000.nii.gz").chmod(0)
-    result = predict(tmp_path / "images", tmp_path / "out", model)
+    result = predict(tmp_path / "images", tmp_path / "out", model, "--in-process")
     assert result.exit_code == 4
     records = {item["case_id"]: item for item in json.loads(result.stdout)["cases"]}
     assert records[GOOD[0]]["error"]["code"] == "E_IO_PERMISSION"

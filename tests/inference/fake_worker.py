@@ -55,7 +55,9 @@ def make(setup: Any) -> Any:
         misbehave(orders, mark)
         on_tiles(1000, 1000)
 
-    return ThresholdPredictor(on_infer=on_infer), {"settings": "as a fake"}
+    drifts = orders.get("load") == "drift" and Path(orders["spent"]).exists()
+    level = 70.0 if drifts else 50.0
+    return ThresholdPredictor(level=level, on_infer=on_infer), {"settings": "as a fake"}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A predictor that needs no networks, and images for it."""
 
+import gzip
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import nibabel as nib
 import numpy as np
 
 from medmamba.dataset import Case
+from medmamba.inference import engine
+from medmamba.inference.assignment import Assignment, PredictionRun
 from medmamba.inference.job import Segmented
 from medmamba.inference.records import ModelIdentity
 from medmamba.labels import LabelMap
@@ -74,6 +77,19 @@ class ThresholdPredictor:
         return Segmented(labels=labels.astype(np.uint8))
 
 
+def assign(cases: Iterable[Any], options: dict[str, Any]) -> Assignment:
+    """Take from a test's options what belongs to the assignment."""
+    names = [each.name for each in fields(Assignment) if each.name in options]
+    return Assignment(cases=cases, **{name: options.pop(name) for name in names})
+
+
+def predict_cases(
+    cases: Iterable[Any], folder: Path, predictor: Any, **options: Any
+) -> PredictionRun:
+    """Predict in this process, with the options of the assignment and of the engine mixed."""
+    return engine.predict_cases(assign(cases, options), folder, predictor, **options)
+
+
 def image(folder: Path, name: str, mark: int = 0, seed: int = 0) -> Case:
     folder.mkdir(exist_ok=True)
     voxels = np.random.default_rng(seed).integers(1, 200, (6, 5, 4)).astype(np.int16)
@@ -84,7 +100,7 @@ def image(folder: Path, name: str, mark: int = 0, seed: int = 0) -> Case:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Hash of every mask and record, without what differs between runs by nature."""
+    """Hashes of every mask, packed and unpacked, and every record without times and memory."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix == ".json":
@@ -92,5 +108,8 @@ def tree(folder: Path) -> dict[str, str]:
             del content["timings_s"], content["peak_memory_bytes"]
             found[path.name] = json.dumps(content, sort_keys=True)
         elif path.is_file():
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            data = path.read_bytes()
+            parts = [data, gzip.decompress(data)] if data[:2] == b"\x1f\x8b" else [data]
+            # Both, so that a difference says whether voxels or their packing differ.
+            found[path.name] = " ".join(hashlib.sha256(part).hexdigest() for part in parts)
     return found

@@ -13,10 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fakes import MODEL, ThresholdPredictor, image, tree
+from fakes import MODEL, ThresholdPredictor, image, predict_cases, tree
 
 from medmamba import failpoints
-from medmamba.inference.engine import predict_cases
 from medmamba.inference.verification import verify_output
 
 

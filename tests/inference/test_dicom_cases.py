@@ -6,11 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from dicom_phantom import SENTINEL, localizer, make_series, phantom, save
-from fakes import MODEL, ThresholdPredictor
+from fakes import MODEL, ThresholdPredictor, predict_cases
 
 from medmamba.dataset import find_cases
 from medmamba.errors import UsageError
-from medmamba.inference.engine import PredictionRun, predict_cases
+from medmamba.inference.assignment import PredictionRun
 
 
 def run(source: Path, out: Path) -> PredictionRun:

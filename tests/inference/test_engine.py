@@ -12,11 +12,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from fakes import MODEL, FakeLogits, ThresholdPredictor, image, tree
+from fakes import MODEL, FakeLogits, ThresholdPredictor, image, predict_cases, tree
 
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import EnvironmentFault, MedMambaError, UsageError
-from medmamba.inference.engine import predict_cases
 from medmamba.inference.job import Segmented
 from medmamba.inference.records import ModelIdentity, read_record
 from medmamba.preprocessing.pipeline import PreprocessedCase

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import MODEL, ThresholdPredictor, image, tree
+from fakes import MODEL, ThresholdPredictor, image, predict_cases, tree
 from test_supervision import run_fake, statuses, undisturbed
 
 from medmamba.errors import EnvironmentFault
 from medmamba.failpoints import failpoint
 from medmamba.files import write_atomic
-from medmamba.inference.engine import predict_cases
 
 WRITES = ("before_open", "mid_write", "before_fsync", "after_fsync", "after_replace")
 

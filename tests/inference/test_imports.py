@@ -30,6 +30,7 @@ def test_predicting_a_nifti_file_imports_no_heavy_package(tmp_path: object) -> N
 import numpy as np, torch, nibabel as nib
 from pathlib import Path
 from medmamba.dataset import find_cases
+from medmamba.inference.assignment import Assignment
 from medmamba.inference.engine import predict_cases
 from medmamba.inference.predictor import PredictionSettings, Predictor
 from medmamba.inference.records import ModelIdentity
@@ -60,7 +61,8 @@ predictor = Predictor(
 )
 listing = find_cases(folder / "in", channels=1)
 run = predict_cases(
-    listing.cases, folder / "out", predictor, model=ModelIdentity(name="m", sha256="0" * 64)
+    Assignment(cases=listing.cases), folder / "out", predictor,
+    model=ModelIdentity(name="m", sha256="0" * 64),
 )
 assert run.exit_code == 0, run
 assert nib.load(folder / "out" / "a.nii.gz").shape == voxels.shape

@@ -4,12 +4,11 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from fakes import MODEL, ThresholdPredictor, image, tree
+from fakes import MODEL, ThresholdPredictor, image, predict_cases, tree
 
 from medmamba.dataset import Case
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder
-from medmamba.inference.engine import predict_cases
 from medmamba.inference.journal import sweep_temporary_files
 from medmamba.inference.records import ModelIdentity
 from medmamba.inference.verification import verify_output

@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from test_engine import MODEL, ThresholdPredictor, image
+from test_engine import MODEL, ThresholdPredictor, image, predict_cases
 
 from medmamba.dataset import find_cases
 from medmamba.dataset.shards import Shard
 from medmamba.errors import EnvironmentFault, UsageError
 from medmamba.inference.completeness import missing_cases, unfinished_shards
-from medmamba.inference.engine import predict_cases
 from medmamba.inference.metrics import MetricsFile
 from medmamba.inference.status import folder_status
 

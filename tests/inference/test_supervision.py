@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import MODEL, ThresholdPredictor, image, tree
+from fakes import MODEL, ThresholdPredictor, assign, image, predict_cases, tree
 
 from medmamba.dataset import Rejection
 from medmamba.errors import BundleError, EnvironmentFault
 from medmamba.inference import supervision
+from medmamba.inference.assignment import PredictionRun
 from medmamba.inference.draining import DrainRequest, drain_on_signals
-from medmamba.inference.engine import PredictionRun, predict_cases
 from medmamba.inference.supervision import predict_supervised
 from medmamba.inference.worker import WorkerSetup
 from medmamba.inference.worker_process import WorkerProcess
@@ -46,7 +46,9 @@ def run_fake(
             starts.append(1)
         return WorkerProcess(COMMAND)
 
-    return predict_supervised(cases, setup, start, drain or DrainRequest(grace_s), **options)
+    return predict_supervised(
+        assign(cases, options), setup, start, drain or DrainRequest(grace_s), **options
+    )
 
 
 def undisturbed(folder: Path, names: str = "abcd") -> dict[str, str]:
@@ -119,6 +121,18 @@ def test_a_worker_that_dies_once_is_replaced_unnoticed(tmp_path: Path) -> None:
     assert run.exit_code == 0
     assert tree(tmp_path / "out") == undisturbed(tmp_path)
     assert time.monotonic() - begun < 30
+
+
+def test_a_worker_that_would_compute_otherwise_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new worker must not go on with other parameters, or another version, than the run began."""
+    with pytest.raises(EnvironmentFault, match="level 70") as caught:
+        run_fake(tmp_path, orders={"2": "once exit", "load": "drift"})
+    assert caught.value.code == "E_VERSION_MIXED"
+    monkeypatch.setattr(supervision, "__version__", "0.0.0")
+    with pytest.raises(EnvironmentFault, match="medmamba"):
+        run_fake(tmp_path)
 
 
 def test_a_case_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from test_engine import MODEL, ThresholdPredictor
 
 from medmamba.dataset import find_cases
+from medmamba.inference.assignment import Assignment
 from medmamba.inference.draining import drain_on_signals
 from medmamba.inference.worker import WorkerSetup
 from medmamba.pipeline import cluster_prediction
@@ -45,12 +46,15 @@ def main() -> None:
 
     ready: list[float] = []
     setup = WorkerSetup(folder=Path(out), model=MODEL, options={"seconds": float(seconds)})
+    assignment = Assignment(
+        cases=find_cases(images, channels=1).cases,
+        on_ready=lambda about: ready.append(time.monotonic()),
+    )
     if int(workers) == 1:
         cluster_prediction._Driver._room = lambda self: 1
     with drain_on_signals() as drain, ray_cluster(address) as ray:
         run = cluster_prediction.predict_on_cluster(
-            ray, find_cases(images, channels=1).cases, setup, ray_driver.make, drain,
-            needs=Needs(cpus=1), on_ready=lambda about: ready.append(time.monotonic()),
+            ray, assignment, setup, ray_driver.make, drain, needs=Needs(cpus=1)
         )  # fmt: skip
         spent = time.monotonic() - ready[0]
     counts = {

@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_engine import MODEL, ThresholdPredictor, image
+from test_engine import MODEL, ThresholdPredictor, image, predict_cases
 
 import medmamba
 from medmamba import __version__
 from medmamba.bundle import save_bundle
 from medmamba.dataset import find_cases
 from medmamba.errors import BundleError, SecurityError, UsageError
-from medmamba.inference.engine import predict_cases
 from medmamba.inference.history import events
 from medmamba.inference.records import read_record
 from medmamba.inference.worker import WorkerSetup

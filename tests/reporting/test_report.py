@@ -17,13 +17,12 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from fakes import MODEL, ThresholdPredictor, image
+from fakes import MODEL, ThresholdPredictor, image, predict_cases
 from PIL import Image
 
 from medmamba.dataset import Case, Rejection
 from medmamba.errors import EnvironmentFault, SecurityError, UsageError
 from medmamba.files import to_json, write_atomic
-from medmamba.inference.engine import predict_cases
 from medmamba.inference.records import read_record
 from medmamba.labels import UsualVolume
 from medmamba.preprocessing.confidence import Confidence
