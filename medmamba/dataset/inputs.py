@@ -21,6 +21,12 @@ from medmamba.io import FORMATS, ZIP_SUFFIX, holds_dicom, is_dicom
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _DERIVED_PREFIX_LENGTH = 60
+MOST_NAMED = 5
+"""Of entries that are left out, named in a message."""
+
+PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
+"""ANALYZE, and NIfTI in two files, which says too little about where voxels are."""
+
 CHANNEL_NAME = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
 
 
@@ -49,7 +55,8 @@ class CaseListing:
         cases: sorted by id, ids unique even where letter case does not count.
         rejected: sorted by id.
         renamed: derived id -> name it stands for, where the name was not safe as a file name.
-        ignored: image files of another format than asked for.
+        ignored: entries of the folder that no case was made of, such as images of another format
+            than asked for, folders, or files being copied.
     """
 
     cases: tuple[Case, ...]
@@ -61,6 +68,18 @@ class CaseListing:
     def total(self) -> int:
         """Cases found, rejected ones too."""
         return len(self.cases) + len(self.rejected)
+
+    def describe_ignored(self) -> str:
+        """Say what was left out of a folder; empty where nothing was."""
+        if not self.ignored:
+            return ""
+        names = [f"{path.name}/" if path.is_dir() else path.name for path in self.ignored]
+        listed = ", ".join(map(repr, names[:MOST_NAMED]))
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        return (
+            f"{len(names)} entries of the input folder are no cases of this model and are left "
+            f"out: {listed}{more}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +120,12 @@ def find_cases(
     boundary: Path | None = None
     listed = is_list(source)
     if source.is_dir():
-        paths, ignored = _image_entries(source, file_ending)
-        candidates = [*_group(paths, channels), *_dicom_cases(source)]
-        if not candidates and is_bids(source):
-            candidates = list(_bids_cases(source, modalities, channels))
+        candidates, ignored = _in_folder(source, channels, file_ending, modalities)
         boundary = source
     elif not os.path.lexists(source):
         raise UsageError(f"{source}: does not exist. Give an image, a folder or a list file.")
+    elif _pair_suffix(source.name):
+        candidates = list(_pairs([source]))
     elif image_suffix(source.name):
         candidates = list(_single(source, channels))
     elif is_dicom(source):
@@ -132,20 +150,46 @@ def is_list(source: Path) -> bool:
     return source.suffix.lower() in LIST_SUFFIXES and not source.is_dir()
 
 
-def _image_entries(folder: Path, ending: str | None) -> tuple[list[Path], tuple[Path, ...]]:
-    """Entries named like images, and those of another format than ``ending``."""
-    taken: list[Path] = []
-    ignored: list[Path] = []
+def _in_folder(
+    folder: Path, channels: int, ending: str | None, modalities: Sequence[str]
+) -> tuple[list[Candidate], tuple[Path, ...]]:
+    """The cases of a folder, and its entries that belong to none."""
+    with os.scandir(folder) as found:
+        names = sorted(entry.name for entry in found if not entry.name.startswith("."))
+    entries = [folder / name for name in names]
     family = None if ending is None else FORMATS.get(ending.lower())
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    for name in names:
-        suffix = image_suffix(name)
-        if not suffix:
-            continue
-        same = family is None or FORMATS[suffix] == family
-        (taken if same else ignored).append(folder / name)
-    return taken, tuple(ignored)
+    images = [
+        path
+        for path in entries
+        if (suffix := image_suffix(path.name)) and family in (None, FORMATS[suffix])
+    ]
+    pairs = [path for path in entries if _pair_suffix(path.name)]
+    candidates = [*_group(images, channels), *_pairs(pairs), *_dicom_cases(folder)]
+    if not candidates and is_bids(folder):
+        return list(_bids_cases(folder, modalities, channels)), ()
+    used = {path for candidate in candidates for path in candidate.images}
+    if folder in used:
+        return candidates, ()
+    return candidates, tuple(path for path in entries if path not in used.union(pairs))
+
+
+def _pair_suffix(name: str) -> str:
+    lower = name.lower()
+    return next((suffix for suffix in PAIR_SUFFIXES if lower.endswith(suffix)), "")
+
+
+def _pairs(paths: Sequence[Path]) -> Iterator[Candidate]:
+    """One case to be turned away for each image in two files."""
+    stems = {path.name[: -len(_pair_suffix(path.name))]: path for path in reversed(paths)}
+    for stem, path in sorted(stems.items()):
+        match = CHANNEL_NAME.fullmatch(stem)
+        message = f"{path.name}: is an image in two files (.hdr and .img), of which neither says "
+        message += "enough. Convert it to a single .nii.gz, and check its orientation."
+        yield Candidate(
+            name=match["case"] if match else stem,
+            images=(path,),
+            problem=("E_IO_FORMAT", message),
+        )
 
 
 def _dicom_cases(folder: Path) -> Iterator[Candidate]:

@@ -1,5 +1,6 @@
 """check(): the input gate alone, for images to predict. No torch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from medmamba.errors import GeometryError, InputError
 from medmamba.files import RECORD_CONFIG
 from medmamba.inference.records import without_folders
 from medmamba.io import DEFAULT_GATE, Finding, Gate, check_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ def check(
     assert isinstance(listing, CaseListing)  # nothing is streamed
     if split:
         listing = split_acquisitions(listing, gate)
+    if left_out := listing.describe_ignored():
+        logger.warning("%s", left_out)
     judged = [
         _check_files(case, gate)
         if model is None

@@ -274,7 +274,11 @@ def open_work(
         apart_from=output,
         modalities=bids_suffixes or bundle.manifest.channels,
     )
-    return split_acquisitions(work) if split and isinstance(work, CaseListing) else work
+    if not isinstance(work, CaseListing):
+        return work
+    if left_out := work.describe_ignored():
+        logger.warning("%s", left_out)
+    return split_acquisitions(work) if split else work
 
 
 def _predict_on_ray(

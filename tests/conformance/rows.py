@@ -61,6 +61,13 @@ def _escape(folder: Path, case: str) -> None:
     (folder / f"{case}_0000.nii.gz").symlink_to(outside)
 
 
+def _pair(folder: Path, case: str) -> None:
+    header = bytearray(nifti()[:352])
+    header[344:348] = b"ni1\0"
+    (folder / f"{case}_0000.hdr").write_bytes(bytes(header))
+    (folder / f"{case}_0000.img").write_bytes(PLAIN[352:])
+
+
 def _big_endian() -> bytes:
     import nibabel
 
@@ -81,6 +88,7 @@ FILES = [
     Row("A06", file(_flipped(PACKED, len(PACKED) // 2)), code="E_IO_CORRUPT"),
     Row("A07", file(_flipped(PACKED, len(PACKED) - 8)), code="E_IO_CORRUPT"),
     Row("A08", file(PLAIN), "ok_with_warnings", "W_IO_NOT_GZIP"),
+    Row("A09", file(PACKED, ".nii"), "ok_with_warnings", "W_IO_GZIP"),
     Row("A10", file(b"<html><body>502 Bad Gateway</body></html>" * 20), code="E_IO_FORMAT"),
     Row("A11", file(PACKED + b"\0" * 64), "ok_with_warnings", "W_IO_TRAILING"),
     Row("A12", file(gzip.compress(PLAIN[:5000]) + gzip.compress(PLAIN[5000:])), "ok"),
@@ -101,6 +109,7 @@ HEADERS = [
     Row("B04", good(spoiled(PLAIN, vox_offset=-1.0)), code="E_HDR_OFFSET"),
     Row("B04b", good(spoiled(PLAIN, vox_offset=NAN)), code="E_HDR_OFFSET"),
     Row("B04c", good(spoiled(PLAIN, vox_offset=1e9)), code="E_HDR_OFFSET"),
+    Row("B05", _pair, code="E_IO_FORMAT"),
     Row("B06", good(_big_endian()), "ok"),
     Row("B07", good(nifti(version=2)), "ok"),
     Row("B08", good(spoiled(PLAIN, scl_slope=0.0)), "ok"),
@@ -120,6 +129,12 @@ HEADERS = [
         code="E_GEOM_SINGULAR",
     ),
     Row("B12b", good(spoiled(PLAIN, qform_code=0, srow_x=(NAN,) * 4)), code="E_GEOM_SINGULAR"),
+    Row(
+        "B12c",
+        good(spoiled(PLAIN, srow_x=(0.0,) * 4, srow_y=(0.0,) * 4)),
+        "ok_with_warnings",
+        "W_GEOM_SFORM",
+    ),
     Row("B13", good(nifti(affine=_sheared(0.8), codes=(1, 0))), code="E_GEOM_SHEAR"),
     Row(
         "B14",
@@ -132,6 +147,16 @@ HEADERS = [
     Row("B17", good(nifti(qform=_rotated(20), codes=(4, 1))), "ok_with_warnings"),
     Row("B18", good(nifti(codes=(0, 0))), code="E_GEOM_UNCODED"),
     Row("B19", good(spoiled(PLAIN, xyzt_units=1)), code="E_GEOM_SPACING"),
+    Row(
+        "B19b",
+        good(nifti(affine=np.diag([1e-3, 1e-3, 1e-3, 1.0]) @ AFFINE, xyzt_units=1)),
+        "ok_with_warnings",
+    ),
+    Row(
+        "B19c",
+        good(nifti(affine=np.diag([1e3, 1e3, 1e3, 1.0]) @ AFFINE, xyzt_units=3)),
+        "ok_with_warnings",
+    ),
     Row("B20", good(spoiled(PLAIN, xyzt_units=0)), "ok"),
     Row("B21", good(nifti(affine=AFFINE @ np.diag([-1.0, 1, -1, 1]))), "ok"),
     Row("B22", good(nifti(affine=_rotated(30))), "ok"),

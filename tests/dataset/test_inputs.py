@@ -54,7 +54,7 @@ def test_formats(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "b.nii", "c.png", "d.NII.GZ", "e.json")
     listing = find_cases(tmp_path, channels=1, file_ending=".nii.gz")
     assert ids(listing) == ["a", "b", "d"]
-    assert [path.name for path in listing.ignored] == ["c.png"]
+    assert [path.name for path in listing.ignored] == ["c.png", "e.json"]
     assert ids(find_cases(tmp_path, channels=1)) == ["a", "b", "c", "d"]
 
 
