@@ -34,8 +34,9 @@ demo: setup ## plan, train, predict and evaluate on real brain MRI (under 10 min
 
 # Threads that spin while they wait would take the processors from the programs that tests start.
 test test-walkthroughs test-full: export OMP_WAIT_POLICY := passive
+# Two at a time; the tests of a file stay together, since they share what was made for them.
 test: setup ## the tests a change must pass (under 8 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-walkthroughs: setup ## run every walkthrough on tiny data
 	$(BIN)/python -m pytest tests/cli/test_walkthroughs.py

@@ -12,6 +12,7 @@ from medmamba.errors import BundleError, CheckpointError, PlanError, SecurityErr
 from medmamba.io import read_header, read_labels
 
 NETWORK = "lightm_unet_s"
+PRESETS = Path(__file__).parent.parent / "plans"
 LEARNED = 0.75
 """Foreground Dice that nothing but a trained network reaches on these cases."""
 
@@ -22,8 +23,16 @@ def run(tmp_path_factory, write_raw_ellipsoids):
     root = tmp_path_factory.mktemp("run")
     raw = write_raw_ellipsoids(root / "Dataset901_Ellipsoids")
     planned = medmamba.plan(raw, root / "work", network=NETWORK, workers=1)
-    trained = medmamba.train(root / "work", network=NETWORK, fold="all", epochs=3, iterations=25)
+    # Validation of 50 batches an epoch would be most of the time here.
+    own = (PRESETS / f"{NETWORK}.toml").read_text().partition("[training]\n")[2]
+    (root / "brief.toml").write_text(f"[training]\nvalidation_iterations = 5\n{own}")
+    trained = medmamba.train(root / "work", epochs=3, iterations=25, **options(root / "work"))
     return raw, root / "work", planned, trained
+
+
+def options(work):
+    """What every training here has in common."""
+    return {"network": NETWORK, "fold": "all", "recipe": str(work.parent / "brief.toml")}
 
 
 def test_a_trained_network_segments_cases_it_has_not_seen(run, tmp_path):
@@ -80,15 +89,15 @@ def test_fine_tuning_begins_where_a_trained_model_ended(run, tmp_path):
     _, work, _, trained = run
     copy = tmp_path / "work"
     shutil.copytree(work, copy, ignore=shutil.ignore_patterns("runs"))
-    options = {"network": NETWORK, "fold": "all", "epochs": 1, "iterations": 1}
-    tuned = medmamba.train(copy, **options, init=trained.run_folder)
+    brief = options(work) | {"epochs": 1, "iterations": 1}
+    tuned = medmamba.train(copy, **brief, init=trained.run_folder)
     assert tuned.dice > 0.5, "one step of a fresh network finds nothing"
     start = json.loads((tuned.run_folder / "start.json").read_text())
     assert (start["remade"], start["skipped"]) == ({}, {})
     manifest = json.loads((tuned.model / "manifest.json").read_text())
     assert manifest["training"]["started_from"].startswith("Dataset901_Ellipsoids")
     with pytest.raises(CheckpointError, match="its start is"):
-        medmamba.train(copy, **options, resume=True)
+        medmamba.train(copy, **brief, resume=True)
 
 
 def test_the_plan_says_what_was_decided_and_why(run):
@@ -179,5 +188,5 @@ def test_a_planned_folder_can_move(run, tmp_path):
     _, work, _, _ = run
     moved = tmp_path / "elsewhere"
     shutil.copytree(work, moved, ignore=shutil.ignore_patterns("runs"))
-    outcome = medmamba.train(moved, network=NETWORK, fold="all", epochs=1, iterations=1)
+    outcome = medmamba.train(moved, epochs=1, iterations=1, **options(work))
     assert Path(outcome.model).is_relative_to(moved)
