@@ -5,12 +5,15 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,27 +32,19 @@ talk = Console(stderr=True, highlight=False)
 data = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
-class StepProgress:
-    """Shows (stage, done, total) reports: a bar on a terminal, else a line every few seconds."""
+class Bars:
+    """A context manager around rich's bars; ``bars`` is None where no terminal can redraw them."""
 
-    def __init__(self) -> None:
-        self._bars: Progress | None = None
-        self._tasks: dict[str, object] = {}
-        self._started: dict[str, float] = {}
-        self._last_line = 0.0
-        if talk.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description:<22}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=talk,
+    def __init__(self, *columns: ProgressColumn, transient: bool, auto_refresh: bool) -> None:
+        self.bars: Progress | None = None
+        if talk.is_terminal and not talk.is_dumb_terminal:
+            self.bars = Progress(
+                *columns, console=talk, transient=transient, auto_refresh=auto_refresh
             )
 
-    def __enter__(self) -> "StepProgress":
-        if self._bars is not None:
-            self._bars.start()
+    def __enter__(self) -> Self:
+        if self.bars is not None:
+            self.bars.start()
         return self
 
     def __exit__(
@@ -58,22 +53,39 @@ class StepProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        if self.bars is not None:
+            self.bars.stop()
+
+
+class StepProgress(Bars):
+    """Shows (stage, done, total) reports: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            transient=False,
+            auto_refresh=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._last_line = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that ``done`` of ``total`` steps of ``stage`` are finished."""
         self._started.setdefault(stage, time.monotonic())
-        if self._bars is not None:
-            self._show_bar(stage, done, total)
+        if self.bars is not None:
+            self._show(self.bars, stage, done, total)
         else:
             self._print_line(stage, done, total)
 
-    def _show_bar(self, stage: str, done: int, total: int) -> None:
-        assert self._bars is not None
+    def _show(self, bars: Progress, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+            self._tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(self._tasks[stage], completed=done, total=total)
 
     def _print_line(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()

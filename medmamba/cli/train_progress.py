@@ -1,12 +1,11 @@
 """Progress of training: a line per epoch; within an epoch a bar, or a line a minute in a log."""
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from medmamba.cli.display import talk
+from medmamba.cli.display import Bars
 from medmamba.cli.messages import say
 from medmamba.cli.options import format_duration
 
@@ -20,7 +19,7 @@ LINE_EVERY_S = 60.0
 """In a file, an epoch that takes long shows life this often."""
 
 
-class TrainingDisplay:
+class TrainingDisplay(Bars):
     """Shows reports of training on standard error; a context manager.
 
     Args:
@@ -28,39 +27,22 @@ class TrainingDisplay:
     """
 
     def __init__(self, title: str = "") -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            transient=True,
+            auto_refresh=False,
+        )
         self.title = title
         self._shown_at = time.monotonic()
         self._task: TaskID | None = None
-        self._bar: Progress | None = None
-        if talk.is_terminal and not talk.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[figures]}"),
-                console=talk,
-                transient=True,
-                auto_refresh=False,
-            )
-
-    def __enter__(self) -> "TrainingDisplay":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._bar is not None:
+        if self.bars is not None:
             self._hide()
-            talk.print(text, markup=False, soft_wrap=True)
+            self.bars.console.print(text, markup=False, soft_wrap=True)
         else:
             say(text)
 
@@ -72,14 +54,14 @@ class TrainingDisplay:
     def on_step(self, report: "StepReport") -> None:
         """Show where in the epoch the run is; most calls show nothing."""
         now = time.monotonic()
-        wait = LINE_EVERY_S if self._bar is None else REFRESH_S
+        wait = LINE_EVERY_S if self.bars is None else REFRESH_S
         if now - self._shown_at < wait:
             return
         self._shown_at = now
-        if self._bar is None:
+        if self.bars is None:
             self.say(self._titled(step_line(report)))
         else:
-            self._show(self._bar, report)
+            self._show(self.bars, report)
 
     def _titled(self, text: str) -> str:
         return f"{self.title}  {text}" if self.title else text
@@ -97,10 +79,10 @@ class TrainingDisplay:
         bar.refresh()
 
     def _hide(self) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
+        if self.bars is not None and self._task is not None:
+            self.bars.remove_task(self._task)
             self._task = None
-            self._bar.refresh()
+            self.bars.refresh()
 
 
 def epoch_line(report: "EpochReport") -> str:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from medmamba.cli import train_progress
+from medmamba.cli import display, train_progress
 from medmamba.cli.train_progress import TrainingDisplay
 from medmamba.training.progress import StepReport
 
@@ -39,7 +39,7 @@ def test_a_log_gets_a_line_a_minute_and_no_control_characters(clock, capsys) -> 
 def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(clock, monkeypatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, _environ={"TERM": "xterm"})
-    monkeypatch.setattr(train_progress, "talk", console)
+    monkeypatch.setattr(display, "talk", console)
     with TrainingDisplay() as show:
         for step in (1, 2, 3):
             clock[0] += 1.0
