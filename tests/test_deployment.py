@@ -51,6 +51,7 @@ def test_the_kubernetes_job_runs_hardened_and_shares_the_cases_out() -> None:
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert container["securityContext"] == {
         "readOnlyRootFilesystem": True,
         "allowPrivilegeEscalation": False,
