@@ -210,20 +210,16 @@ def test_arranging_twice_changes_nothing(name: str, dimension: int) -> None:
     check_patch(once)
 
 
-def _compilers() -> list[Any]:
-    """Code is generated for one network of every builder; of the others the graph is captured."""
-    generated = {NETWORKS[name].build: (name, dimension) for name, dimension in VARIANTS}
-    return [
-        (name, dimension, "inductor" if (name, dimension) in generated.values() else "aot_eager")
-        for name, dimension in VARIANTS
-    ]
-
-
 @pytest.mark.slow
 # Importing torch's compiler meets a function that torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(("name", "dimension", "compiler"), _compilers())
-def test_compiled_output_is_the_same(name: str, dimension: int, compiler: str) -> None:
+# One network of every builder: following a network's code is what takes long, and names of one
+# builder differ in widths only.
+@pytest.mark.parametrize(
+    ("name", "dimension"),
+    {NETWORKS[name].build: (name, dimension) for name, dimension in VARIANTS}.values(),
+)
+def test_compiled_output_is_the_same(name: str, dimension: int) -> None:
     spec = plan(name, dimension)
     network = seeded(spec).double().eval()
     image = image_for(spec).double()
@@ -231,7 +227,7 @@ def test_compiled_output_is_the_same(name: str, dimension: int, compiler: str) -
     torch.compiler.reset()
     with torch.no_grad():
         expected = network(image)
-        compiled = torch.compile(network, dynamic=False, backend=compiler)(image)
+        compiled = torch.compile(network, dynamic=False)(image)
     assert float((compiled - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
