@@ -79,6 +79,9 @@ class Manifest:
         training: how the weights came to be.
         scores: Dice on validation cases, by label and fold.
         usual_volumes: how large labels were in the training cases, by name.
+        orientation: where the stored axes (x, y, z) of all training images point, such as ``LPS``;
+            images stored another way are turned so for the networks. Empty where training images
+            differ or nobody knows: then images are taken as they are stored.
         licence: of the weights.
     """
 
@@ -98,6 +101,7 @@ class Manifest:
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     usual_volumes: dict[str, UsualVolume] = field(default_factory=dict)
+    orientation: str = ""
     plan: str = PLAN_FILE
     licence: str = "not stated"
     intended_use: str = INTENDED_USE

@@ -49,6 +49,7 @@ def save_bundle(
     postprocessing: Mapping[str, Any] | None = None,
     licence: str = "not stated",
     usual_volumes: Mapping[str, UsualVolume] | None = None,
+    orientation: str = "",
     reference_case: bool = True,
 ) -> Bundle:
     """Write a bundle so that ``folder`` is either the old one or the whole new one.
@@ -67,6 +68,7 @@ def save_bundle(
         postprocessing: content of a postprocessing.json; None for no postprocessing.
         licence: of the weights.
         usual_volumes: of labels in the training cases.
+        orientation: of the training images, where all have the same.
         reference_case: predict a synthetic case, so that ``verify_bundle`` can repeat it.
 
     Raises:
@@ -105,6 +107,7 @@ def save_bundle(
             scores=dict(scores or {}),
             licence=licence,
             usual_volumes=dict(usual_volumes or {}),
+            orientation=orientation,
         )
         save_plan(scratch / PLAN_FILE, plan)
         _write_description(scratch, manifest, postprocessing)

@@ -170,7 +170,8 @@ def _in_folder(
     used = {path for candidate in candidates for path in candidate.images}
     if folder in used:
         return candidates, ()
-    return candidates, tuple(path for path in entries if path not in used.union(pairs))
+    used.update(pairs)
+    return candidates, tuple(path for path in entries if path not in used)
 
 
 def _pair_suffix(name: str) -> str:

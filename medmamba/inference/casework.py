@@ -73,6 +73,7 @@ class CaseWork:
         segments: what DICOM outputs hold; by label names when empty.
         on_tiles: called within a case.
         channel_names: what the model calls its channels.
+        orientation: where axes must point for the networks; as stored when empty.
         budget_bytes: memory that a case may take; None for no limit.
     """
 
@@ -85,9 +86,11 @@ class CaseWork:
         segments: Sequence[SegmentLabel] = (),
         on_tiles: OnTiles | None = None,
         channel_names: Sequence[str] = (),
+        orientation: str = "",
         budget_bytes: int | None = None,
     ) -> None:
         self._channel_names = tuple(channel_names)
+        self._orientation = orientation or None
         self._budget_bytes = budget_bytes
         self._ledger = ledger
         self._predictor = predictor
@@ -115,6 +118,7 @@ class CaseWork:
                         dimension=len(self._predictor.patch_size),
                         gate=self._gate,
                         channel_names=self._channel_names,
+                        orientation=self._orientation,
                     )
                 with job.watch.time("preprocess"):
                     job.prepared = self._predictor.prepare(image)

@@ -43,6 +43,7 @@ def predict_cases(
     gate: Gate = DEFAULT_GATE,
     segments: Sequence[SegmentLabel] = (),
     channel_names: Sequence[str] = (),
+    orientation: str = "",
     budget_bytes: int | None = None,
 ) -> PredictionRun:
     """Write a mask and a commit record for each case, and a summary of the run.
@@ -60,6 +61,7 @@ def predict_cases(
         gate: limits and permissions of reading.
         segments: names, codes and colours of what DICOM outputs hold; by label names when empty.
         channel_names: what the model calls its channels.
+        orientation: where axes must point for the networks; as stored when empty.
         budget_bytes: memory that a case may take; None for no limit.
 
     Raises:
@@ -75,7 +77,7 @@ def predict_cases(
     )  # fmt: skip
     work = CaseWork(
         ledger, predictor, gate=gate, segments=segments, on_tiles=assignment.on_tiles,
-        channel_names=channel_names, budget_bytes=budget_bytes,
+        channel_names=channel_names, orientation=orientation, budget_bytes=budget_bytes,
     )  # fmt: skip
     tally = Tally(assignment)
     with run, nullcontext(drain) if drain else drain_on_signals(grace_s) as drain:

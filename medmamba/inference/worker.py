@@ -54,6 +54,7 @@ class WorkerSetup:
         gate: limits and permissions of reading.
         segments: what DICOM outputs hold.
         channel_names: what the model calls its channels.
+        orientation: where axes must point for the networks; as stored when empty.
         budget_bytes: memory that a case may take; None for no limit.
         prefetch_bytes: memory up to which the next case is read ahead.
         grace_s: a case that will be done within this time after a signal is finished.
@@ -70,6 +71,7 @@ class WorkerSetup:
     gate: Gate = DEFAULT_GATE
     segments: tuple[SegmentLabel, ...] = ()
     channel_names: tuple[str, ...] = ()
+    orientation: str = ""
     budget_bytes: int | None = None
     prefetch_bytes: int = PREFETCH_BYTES
     grace_s: float = 0.0
@@ -109,6 +111,7 @@ def _work(
     work = CaseWork(
         ledger, predictor, gate=setup.gate, segments=setup.segments,
         on_tiles=_tiles_to(supervisor), channel_names=setup.channel_names,
+        orientation=setup.orientation,
         budget_bytes=setup.budget_bytes,
     )  # fmt: skip
     supervisor.tell(ready=to_plain(parameters), numerics=to_plain(numerics), about=about)

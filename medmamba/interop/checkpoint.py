@@ -39,6 +39,10 @@ class ImportedFold:
     state: Mapping[str, Tensor]
 
 
+REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+"""Of nnU-Net: networks see their images turned to RAS."""
+
+
 def import_checkpoints(
     paths: Sequence[Path],
     folder: Path,
@@ -86,6 +90,8 @@ def import_checkpoints(
         name=name,
         training={"imported_from": [path.name for path in paths], "trainer": first.trainer},
         scores=scores,
+        # Its other readers take images as they are stored.
+        orientation="RAS" if first.plan.reader in REORIENTING_READERS else "",
     )
 
 

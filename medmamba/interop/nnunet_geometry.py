@@ -58,7 +58,10 @@ def read_geometry(properties: Mapping[str, Any], shape: tuple[int, ...], what: s
         raise DatasetError(f"{what}: its properties have no 'spacing'. Preprocess it again.")
     spacing = tuple(float(value) for value in properties["spacing"])
     if NIBABEL in properties:
-        affine = np.asarray(properties[NIBABEL]["original_affine"], dtype=np.float64)
+        known = properties[NIBABEL]
+        # Of the array as it was preprocessed, which a reader may have turned before.
+        stored = known.get("reoriented_affine", known["original_affine"])
+        affine = np.asarray(stored, dtype=np.float64)
         return Geometry.from_matrix(shape, affine[:, [2, 1, 0, 3]])
     if SITK not in properties or len(properties[SITK]["spacing"]) != 3:
         return Geometry.from_spacing(shape, spacing)

@@ -70,7 +70,8 @@ class Segmenter:
         )  # fmt: skip
         work = CaseWork(
             ledger, self._predictor, gate=setup.gate, segments=setup.segments,
-            channel_names=setup.channel_names, budget_bytes=setup.budget_bytes,
+            channel_names=setup.channel_names, orientation=setup.orientation,
+            budget_bytes=setup.budget_bytes,
         )  # fmt: skip
         job = work.read(case)
         with self._network:

@@ -215,6 +215,8 @@ def predict(
         reading: dict[str, Any] = {
             "gate": gate, "segments": segments_of(bundle.manifest), "overwrite": overwrite,
             "channel_names": bundle.manifest.channels,
+            # Members of an ensemble were trained on the same cases.
+            "orientation": bundle.models[0].manifest.orientation,
             "budget_bytes": max_ram_bytes or available_bytes(),
         }  # fmt: skip
 

@@ -285,6 +285,7 @@ def _save_folds(
         scores=scores,
         postprocessing=postprocessing,
         usual_volumes=first.manifest.usual_volumes,
+        orientation=first.manifest.orientation,
     )
 
 

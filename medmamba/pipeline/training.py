@@ -17,7 +17,7 @@ from medmamba.pipeline.cascade import (
 from medmamba.pipeline.leaks import require_no_leak
 from medmamba.pipeline.recipes import RecipeChanges, choose_recipe, short_recipe
 from medmamba.pipeline.starting import Beginning
-from medmamba.pipeline.usual_volumes import measure_usual_volumes
+from medmamba.pipeline.training_images import common_orientation, measure_usual_volumes
 from medmamba.pipeline.work import Work, choose_configuration, open_work
 from medmamba.plans.plan import ConfigurationPlan, Plan
 from medmamba.preprocessing.store import CaseStore
@@ -339,6 +339,7 @@ def _write_model(
         )
         earlier = [load_weights(first.folder / entry.file) for entry in first.manifest.weights]
     trained = dataclasses.replace(decided, configurations=branches)
+    store = CaseStore(setup.store_folder)
     save_bundle(
         folder,
         plan=trained,
@@ -357,7 +358,6 @@ def _write_model(
             **({"started_from": setup.start.source} if setup.start is not None else {}),
         },
         scores={"validation_patch_dice": round(result.dice, 4)},
-        usual_volumes=measure_usual_volumes(
-            CaseStore(setup.store_folder), setup.split.train, decided.label_map
-        ),
+        usual_volumes=measure_usual_volumes(store, setup.split.train, decided.label_map),
+        orientation=common_orientation(store, setup.split.train),
     )

@@ -1,12 +1,17 @@
-"""How large labels are in the cases that a model is trained on; predictions are judged by it."""
+"""What a model remembers of its training images: how large labels are, and how they are stored.
+
+Predictions are judged by the one and prepared by the other.
+"""
 
 from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 
+from medmamba.io import orientation_code
 from medmamba.labels import LabelMap, UsualVolume
 from medmamba.preprocessing.store import CaseStore
+from medmamba.volume import Geometry
 
 USUAL_PERCENTILES = (1.0, 99.0)
 
@@ -41,3 +46,20 @@ def measure_usual_volumes(
         for name, found in volumes.items()
         if found
     }
+
+
+def common_orientation(store: CaseStore, cases: Sequence[str]) -> str:
+    """Return where the stored axes of the images point, such as ``LPS``; empty where they differ.
+
+    Empty too where images lie at the origin and turned in no way, as those do that somebody
+    preprocessed without keeping where they were.
+
+    Args:
+        store: preprocessed cases.
+        cases: which of them.
+    """
+    grids = [store.open(case_id).record.geometry for case_id in cases]
+    if any(grid == Geometry.from_spacing(grid.shape, grid.spacing_mm) for grid in grids):
+        return ""
+    codes = set(map(orientation_code, grids))
+    return codes.pop() if len(codes) == 1 else ""

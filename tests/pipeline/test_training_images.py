@@ -3,7 +3,7 @@ import pytest
 
 from medmamba.inference.records import describe_labels
 from medmamba.labels import FEWEST_CASES, LabelMap, UsualVolume
-from medmamba.pipeline.usual_volumes import measure_usual_volumes
+from medmamba.pipeline.training_images import common_orientation, measure_usual_volumes
 from medmamba.preprocessing.pipeline import preprocess_case
 from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
 from medmamba.preprocessing.store import CaseStore
@@ -60,3 +60,30 @@ def test_a_volume_is_flagged_when_it_is_not_usual_and_enough_cases_say_so() -> N
     assert flags(FEWEST_CASES, whole=(10, 12), core=(1, 7.5)) == {"whole": "low", "core": "high"}
     assert flags(FEWEST_CASES, whole=(8.9, 9.1), core=(7.9, 8.1)) == {"whole": None, "core": None}
     assert flags(FEWEST_CASES - 1, whole=(10, 12)) == {"whole": None, "core": None}
+
+
+def test_the_orientation_is_known_where_all_images_have_the_same(tmp_path) -> None:
+    store = CaseStore(tmp_path)
+    for name, signs in {"a": (1, 1, 1), "b": (1, 1, 1), "c": (1, -1, 1)}.items():
+        image = np.random.default_rng(0).normal(50, 3, (1, 10, 16, 12)).astype(np.float32)
+        matrix = np.zeros((4, 4))
+        # Columns of (D, H, W): z up, y and x as signs say.
+        matrix[2, 0], matrix[1, 1], matrix[0, 2], matrix[3, 3] = *signs, 1
+        matrix[:3, 3] = 5, 6, 7
+        case = preprocess_case(
+            Volume(array=image, geometry=Geometry.from_matrix((10, 16, 12), matrix)), None,
+            grid=Grid(spacing_mm=(1.0, 1.0, 1.0), patch_size=(8, 8, 8)), recipe=RECIPE,
+            label_map=REGIONS,
+        )  # fmt: skip
+        store.write(name, case, key="k", patch_size=(8, 8, 8))
+    assert common_orientation(store, ["a", "b"]) == "RAS"
+    assert common_orientation(store, ["c"]) == "RPS"
+    assert common_orientation(store, ["a", "b", "c"]) == ""
+    image = np.random.default_rng(0).normal(50, 3, (1, 10, 16, 12)).astype(np.float32)
+    unknown = Geometry.from_spacing((10, 16, 12), (1.0, 2.0, 1.0))
+    case = preprocess_case(
+        Volume(array=image, geometry=unknown), None, recipe=RECIPE, label_map=REGIONS,
+        grid=Grid(spacing_mm=(1.0, 1.0, 1.0), patch_size=(8, 8, 8)),
+    )  # fmt: skip
+    store.write("d", case, key="k", patch_size=(8, 8, 8))
+    assert common_orientation(store, ["d"]) == ""
