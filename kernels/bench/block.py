@@ -35,7 +35,7 @@ def make(count: int) -> tuple[torch.Tensor, MambaWeights, int]:
     block = Mamba(WIDTH)
     weights = block.weights(block)
     tokens = torch.randn(1, count, WIDTH)
-    chunk = chunk_length(tokens, weights)
+    chunk = chunk_length(tokens, weights.A_log.shape[0])
     return tokens, weights, chunk or 4096
 
 

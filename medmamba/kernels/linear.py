@@ -1,5 +1,6 @@
 """A linear layer over many tokens of few channels, with the fast form of its weight gradient."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,3 +17,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     y = x @ weight.t().contiguous()
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def compute_dtype(tokens: Tensor) -> torch.dtype:
+    """The type in which autocast would multiply these tokens; float64 stays."""
+    kind = tokens.device.type
+    if torch.is_autocast_enabled(kind) and tokens.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return tokens.dtype

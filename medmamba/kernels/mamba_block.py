@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medmamba.kernels.causal_conv import causal_conv_silu
-from medmamba.kernels.linear import linear
+from medmamba.kernels.linear import compute_dtype, linear
 from medmamba.kernels.operator import selective_scan
 from medmamba.kernels.placement import is_fake, on_cpu
 
@@ -99,11 +99,12 @@ def mamba_block(
     Returns:
         (B, L, C), in the autocast type where autocast is on.
     """
-    dtype = _compute_dtype(tokens)
+    dtype = compute_dtype(tokens)
     cast = _cast(weights, dtype)
     whole = torch.compiler.is_compiling()
     if not whole:
-        length = chunk_length(tokens, weights, segment=segment) if chunk is None else chunk
+        inner = weights.A_log.shape[0]
+        length = chunk_length(tokens, inner, segment=segment) if chunk is None else chunk
         whole = not length or length >= tokens.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
         if whole:
@@ -112,22 +113,20 @@ def mamba_block(
         return _Streamed.apply(settings, tokens.to(dtype), *cast)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def chunk_length(tokens: Tensor, weights: MambaWeights, *, segment: int = 0) -> int:
-    """Return the tokens of a chunk, 0 for a block too small to stream; never follows a timing."""
-    inner = weights.A_log.shape[0]
+def chunk_length(tokens: Tensor, inner: int, *, segment: int = 0) -> int:
+    """Return the tokens of a chunk, 0 for a block too small to stream; never follows a timing.
+
+    Args:
+        tokens: (B, L, ...).
+        inner: E.
+        segment: chunks hold whole segments of this length.
+    """
     if tokens.shape[0] * tokens.shape[1] * inner < STREAM_FROM_VALUES or _whole.get():
         return 0
     values = CPU_CHUNK_VALUES if on_cpu(tokens) else GPU_CHUNK_VALUES
     count = values // max(1, tokens.shape[0] * inner)
     unit = segment or MINIMUM_CHUNK
     return max(MINIMUM_CHUNK, count) // unit * unit or unit
-
-
-def _compute_dtype(tokens: Tensor) -> torch.dtype:
-    kind = tokens.device.type
-    if torch.is_autocast_enabled(kind) and tokens.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return tokens.dtype
 
 
 def _cast(weights: MambaWeights, dtype: torch.dtype) -> MambaWeights:

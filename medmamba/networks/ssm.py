@@ -9,16 +9,17 @@ N state size, R rank of the step size, K scan directions, G groups.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from medmamba.errors import PlanError
-from medmamba.kernels import selective_scan
-from medmamba.kernels.mamba_block import MambaWeights, mamba_block
+from medmamba.kernels.directions import DirectionWeights, scan_direction
+from medmamba.kernels.mamba_block import MambaWeights, chunk_length, mamba_block
 from medmamba.networks.channels_last import depthwise_conv
 from medmamba.networks.directions import (
     SIAMESE,
@@ -193,42 +194,48 @@ class DirectionalScan(nn.Module):
             self.attention = DirectionAttention(inner, views(order, dimension))
 
     def forward(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return (B, L, C) for tokens (B, L, C) in raster order of a map of ``shape``."""
+        """Return (B, L, C) for tokens (B, L, C) in raster order of a map of ``shape``.
+
+        A large map is streamed: its directions go through it in chunks, and the backward pass
+        computes the block a second time, so that only its input is kept.
+        """
+        chunk = 0
+        if not torch.compiler.is_compiling():
+            chunk = chunk_length(tokens, self.out_norm.normalized_shape[0])
+        if not chunk or not torch.is_grad_enabled():
+            return self._block(tokens, shape, chunk)
+        out: Tensor = checkpoint(
+            self._block, tokens, shape, chunk, use_reentrant=False, preserve_rng_state=False
+        )
+        return out
+
+    def _block(self, tokens: Tensor, shape: Sequence[int], chunk: int) -> Tensor:
         x, gate = self.in_proj(tokens).chunk(2, dim=-1)
         conv = cast(nn.Conv2d | nn.Conv3d, self.get_submodule(self.conv_name))
         x = x.reshape(*tokens.shape[:1], *shape, x.shape[-1])
         x = functional.silu(depthwise_conv(x, conv.weight, conv.bias)).flatten(1, -2)
         ways = directions(self.order, shape, tokens.device, reverse=self.reverse)
-        parts = [self._scan(x, way, index) for index, way in enumerate(ways)]
-        y = self.attention(parts) if self.merge == "attention" else sum_in_order(parts)
+        parts = (self._scan(x, way, index, chunk) for index, way in enumerate(ways))
+        y = self.attention(list(parts)) if self.merge == "attention" else sum_in_order(parts)
         if self.merge == "mean":
-            y = y / len(parts)
+            y = y / len(ways)
         y = self.out_norm(y) * functional.silu(gate)
         out: Tensor = self.out_proj(y)
         return out
 
-    def _scan(self, x: Tensor, way: Direction, index: int) -> Tensor:
+    def _scan(self, x: Tensor, way: Direction, index: int, chunk: int) -> Tensor:
         """Scan x (B, L, E) one way; (B, L, E) in raster order, in float32 at least."""
         index %= len(self.x_proj_weight)
-        rank, state, inner = self.dt_projs_weight.shape[2], self.d_state, x.shape[2]
+        own = slice(index * x.shape[2], (index + 1) * x.shape[2])
+        weights = DirectionWeights(
+            x_proj=self.x_proj_weight[index],
+            dt_proj=self.dt_projs_weight[index],
+            dt_bias=self.dt_projs_bias[index],
+            A_log=self.A_logs[own],
+            D=self.Ds[own],
+        )
         x = x.flip(2) if way.flip_channels else x
-        own = slice(index * inner, (index + 1) * inner)
-        step, B, C = functional.linear(x, self.x_proj_weight[index]).split_with_sizes(
-            [rank, state, state], dim=-1
-        )
-        y: Tensor = selective_scan(
-            x,
-            functional.linear(step, self.dt_projs_weight[index]),
-            -torch.exp(self.A_logs[own]),
-            B,
-            C,
-            skip=self.Ds[own],
-            delta_bias=self.dt_projs_bias[index],
-            delta_softplus=True,
-            out_dtype=torch.promote_types(x.dtype, torch.float32),
-            order=way.order,
-            segment=way.segment,
-        )
+        y = scan_direction(x, weights, way.order, segment=way.segment, chunk=chunk)
         return y.flip(2) if way.flip_channels else y
 
 
@@ -253,7 +260,7 @@ class DirectionAttention(nn.Module):
         return sum_in_order([part * weights[:, None, :, index] for index, part in enumerate(parts)])
 
 
-def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+def sum_in_order(parts: Iterable[Tensor]) -> Tensor:
     """Sum from first to last, so that the rounding is the same everywhere."""
     return functools.reduce(torch.add, parts)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medmamba.errors import PlanError
+from medmamba.kernels import mamba_block
 from medmamba.networks.directions import ORDERS, SEGMENT
 from medmamba.networks.ssm import DirectionalScan, Mamba
 
@@ -181,6 +182,30 @@ def test_attention_with_open_gates_is_the_sum() -> None:
     module.load_state_dict(state)
     tokens = tokens_for((4, 5))
     torch.testing.assert_close(module(tokens, (4, 5)), plain(tokens, (4, 5)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"merge": "attention"}, {"order": "siamese-flip"}])
+def test_a_streamed_scan_keeps_its_input_and_changes_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, shape = seeded(DirectionalScan, dimension=2, **options), (30, 40)
+    tokens = tokens_for(shape)
+    leaves = (tokens.requires_grad_(), *module.parameters())
+    weights = torch.randn_like(tokens)
+    plain = module(tokens, shape)
+    expected = torch.autograd.grad(plain, leaves, weights)
+    monkeypatch.setattr(mamba_block, "STREAM_FROM_VALUES", 0)
+    monkeypatch.setattr(mamba_block, "CPU_CHUNK_VALUES", 1)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        streamed = module(tokens, shape)
+    assert {tensor.data_ptr() for tensor in kept} == {tokens.data_ptr()}
+    torch.testing.assert_close(streamed, plain, rtol=0, atol=1e-11)
+    found = torch.autograd.grad(streamed, leaves, weights)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_mean_is_the_sum_over_the_number_of_directions() -> None:
