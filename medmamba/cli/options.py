@@ -113,6 +113,14 @@ Layout = Annotated[
     ),
 ]
 LAYOUTS: tuple[Literal["plain", "bids"], ...] = ("plain", "bids")
+RedactIds = Annotated[
+    Path | None,
+    typer.Option(
+        "--redact-ids",
+        metavar="KEYFILE",
+        help="Call cases by hashes of their names with this key, in every output.",
+    ),
+]
 ReportInteractive = Annotated[
     bool,
     typer.Option(

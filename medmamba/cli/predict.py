@@ -18,6 +18,7 @@ from medmamba.cli.options import (
     Json,
     Layout,
     MaxVoxels,
+    RedactIds,
     ReportInteractive,
     Root,
     SplitAcquisitions,
@@ -97,6 +98,7 @@ def predict(
     ] = None,
     root: Root = None,
     follow_links: FollowLinks = False,
+    redact_ids: RedactIds = None,
     fail_on: Annotated[
         str,
         typer.Option(
@@ -252,6 +254,7 @@ def predict(
             report_interactive=report_interactive,
             layout=chosen_layout,
             metrics=metrics,
+            redact_ids=redact_ids,
             engine=engine,
             address=address,
             on_case=print_case,

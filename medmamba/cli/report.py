@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medmamba.cli.options import Json, ReportInteractive
+from medmamba.cli.options import Json, RedactIds, ReportInteractive
 
 
 def report(
@@ -20,6 +20,7 @@ def report(
         ),
     ] = None,
     interactive: ReportInteractive = False,
+    redact_ids: RedactIds = None,
     as_json: Json = False,
 ) -> None:
     """Write OUT/report.html and OUT/summary.csv from the records; nothing is segmented again.
@@ -29,7 +30,7 @@ def report(
     """
     from medmamba.reporting import write_report
 
-    outcome = write_report(output, images=images, interactive=interactive)
+    outcome = write_report(output, images=images, interactive=interactive, key=redact_ids)
     if as_json:
         from medmamba.files import to_json
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from medmamba.cli.messages import say
-from medmamba.cli.options import Json
+from medmamba.cli.options import BidsSuffix, Json, RedactIds, words_of
 from medmamba.errors import UsageError
 
 EXIT_DIFFERENT = 4
@@ -37,6 +37,8 @@ def verify(
         Path | None,
         typer.Option("--root", metavar="FOLDER", help="As given to predict, for a list."),
     ] = None,
+    bids_suffix: BidsSuffix = "",
+    redact_ids: RedactIds = None,
     as_json: Json = False,
 ) -> None:
     """Check a model, or a folder of masks, against the hashes that were written with it.
@@ -62,12 +64,13 @@ def verify(
             f"{MANIFEST_FILE} there or in {MODEL_FOLDER}/, and no record CASE.json). Give a model "
             "folder, or a folder of masks."
         )
-    passed = _verify_output(place, expect_shards, images, root, as_json=as_json)
+    how = {"root": root, "modalities": words_of(bids_suffix), "key": redact_ids}
+    passed = _verify_output(place, expect_shards, images, how, as_json=as_json)
     raise typer.Exit(0 if passed else EXIT_DIFFERENT)
 
 
 def _verify_output(
-    place: Path, shards: int | None, images: Path | None, root: Path | None, *, as_json: bool
+    place: Path, shards: int | None, images: Path | None, how: dict[str, Any], *, as_json: bool
 ) -> bool:
     from medmamba.files import to_json, to_plain
     from medmamba.inference.completeness import missing_cases, unfinished_shards
@@ -76,7 +79,7 @@ def _verify_output(
 
     states, runs = verify_output(place), verify_runs(place)
     unfinished = () if shards is None else unfinished_shards(place, shards)
-    missing = [] if images is None else missing_cases(place, images, root=root, shards=shards)
+    missing = [] if images is None else missing_cases(place, images, shards=shards, **how)
     differing = [item for item in states if not item.sound]
     changed = [run for run in runs if run.state == "changed"]
     passed = not (differing or changed or unfinished or missing)

@@ -41,12 +41,14 @@ class Case:
         images: one path per channel, or a single file that holds all channels.
         labels: label file, None when there is none.
         acquisition: which part of a DICOM series it is; empty for the whole.
+        known_as: the name that ``id`` stands for, where no output may say it.
     """
 
     id: str
     images: tuple[Path, ...]
     labels: Path | None = None
     acquisition: str = ""
+    known_as: str = ""
 
     def gate(self, gate: Gate) -> Gate:
         """``gate`` as reading this case's images needs it."""

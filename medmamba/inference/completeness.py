@@ -1,14 +1,15 @@
 """Whether everything that was to be predicted has been: no share, no case forgotten. No torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medmamba.dataset import Case, CaseListing, Rejection
 from medmamba.dataset.manifest import CaseStream, open_cases
+from medmamba.dataset.redaction import read_key
 from medmamba.dataset.shards import Shard
 from medmamba.files import RECORD_CONFIG
-from medmamba.inference.records import read_record
+from medmamba.inference.records import read_record, records_folder
 from medmamba.inference.status import ShardState, run_shards
 
 
@@ -28,7 +29,13 @@ def unfinished_shards(folder: Path, count: int) -> tuple[ShardState, ...]:
 
 
 def missing_cases(
-    folder: Path, source: Path, *, root: Path | None = None, shards: int | None = None
+    folder: Path,
+    source: Path,
+    *,
+    root: Path | None = None,
+    shards: int | None = None,
+    modalities: Sequence[str] = (),
+    key: Path | None = None,
 ) -> list[MissingCase]:
     """Return the cases behind a path, as given to ``predict``, that have no record.
 
@@ -37,15 +44,22 @@ def missing_cases(
         source: image, folder or list.
         root: folder that the paths of a list are relative to.
         shards: number of shares, to say which one a case belongs to.
+        modalities: which images of a BIDS folder were meant, as given to ``predict``.
+        key: file of the key that cases were renamed by.
 
     Raises:
-        UsageError: the path means no cases.
+        UsageError: the path means no cases, or the key cannot be read.
     """
-    work = open_cases(source, channels=_channels(folder), root=root, follow_links=True)
+    folder = records_folder(folder)
+    work = open_cases(
+        source, channels=_channels(folder), root=root, follow_links=True, modalities=modalities
+    )
+    redaction = None if key is None else read_key(key)
     listed: Iterable[Case | Rejection] = work if isinstance(work, CaseStream) else ()
     if isinstance(work, CaseListing):
         listed = (*work.rejected, *work.cases)
-    names = (item.id for item in listed if not (folder / f"{item.id}.json").is_file())
+    found = ((item.id, redaction.name(item.id) if redaction else item.id) for item in listed)
+    names = (name for name, shown in found if not (folder / f"{shown}.json").is_file())
     return [MissingCase(case_id=name, shard=_shard_of(name, shards)) for name in names]
 
 

@@ -146,7 +146,7 @@ class Ledger:
             timings_s=dict(job.watch.seconds),
             peak_memory_bytes=peak_memory_bytes(),
         )
-        return redacted(record, job.case.images)
+        return redacted(record, job.case)
 
     def store(self, record: CommitRecord) -> None:
         """Commit a record, which must come after everything it speaks of."""

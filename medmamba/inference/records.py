@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects, label
 
 from medmamba import __version__
+from medmamba.dataset import Case
+from medmamba.dataset.redaction import without_names
 from medmamba.errors import InputError, MedMambaError
 from medmamba.files import RECORD_CONFIG, from_plain, hash_file, hash_values, read_json
 from medmamba.io import content_hash
@@ -323,15 +325,23 @@ def describe_labels(
     return tuple(measured)
 
 
-def redacted(record: CommitRecord, paths: tuple[Path, ...]) -> CommitRecord:
-    """Return the record with the folders of ``paths`` cut out of its texts."""
+def redacted(record: CommitRecord, case: Case) -> CommitRecord:
+    """Return the record without the folders of its files, nor the names that are hidden."""
+
+    def plain(text: str) -> str:
+        return without_names(without_folders(text, case.images), case)
+
     error = record.error
     if error is not None:
-        error = dataclasses.replace(error, message=without_folders(error.message, paths))
+        error = dataclasses.replace(error, message=plain(error.message))
+    inputs = record.inputs
+    if case.known_as:
+        inputs = tuple(
+            dataclasses.replace(item, name=f"{case.id}_{channel:04d}")
+            for channel, item in enumerate(inputs)
+        )
     return dataclasses.replace(
-        record,
-        error=error,
-        warnings=tuple(without_folders(warning, paths) for warning in record.warnings),
+        record, error=error, inputs=inputs, warnings=tuple(map(plain, record.warnings))
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from medmamba.bundle import Bundle, Manifest, load_bundle
 from medmamba.dataset import CaseListing, Rejection, split_acquisitions
 from medmamba.dataset.manifest import CaseStream, open_cases
+from medmamba.dataset.redaction import read_key
 from medmamba.dataset.shards import Shard, parse_shard
 from medmamba.errors import UsageError
 from medmamba.files import require_writable_folder, to_plain
@@ -96,6 +97,7 @@ def predict(
     shard: str | None = None,
     root: Path | str | None = None,
     follow_links: bool = False,
+    redact_ids: Path | str | None = None,
     fail_on: Literal["any", "all", "never"] = "any",
     max_failures: int | None = None,
     timeout_per_case: float | None = None,
@@ -136,6 +138,7 @@ def predict(
             task of a Slurm array or an indexed Kubernetes job.
         root: folder that the paths of a list are relative to; the list's own when None.
         follow_links: take images outside the input folder, through links or a list's paths.
+        redact_ids: file of a key; outputs call cases by keyed hashes of their names.
         fail_on: which failures show in the exit code: any, only if all cases fail, or none.
         max_failures: stop after so many cases without a mask.
         timeout_per_case: give up a case that takes more seconds than this; needs supervision.
@@ -202,8 +205,8 @@ def predict(
                 bundle, Path(images), Path(output), root=root, share=share,
                 follow_links=follow_links, split=split, bids_suffixes=bids_suffixes,
             )  # fmt: skip
-            total, cases = work.total, work if isinstance(work, CaseStream) else work.cases
-            rejected = () if isinstance(work, CaseStream) else work.rejected
+            total = work.total
+            cases, rejected = _under_their_names(work, redact_ids)
         folder = require_writable_folder(Path(output))
         if layout == "bids":
             tree = BidsLayout(folder, bundle.manifest, Path(images))
@@ -251,6 +254,17 @@ def predict(
     wants_page = report and not drain.requested
     page = report_run(run, cases, interactive=report_interactive) if wants_page else None
     return PredictOutcome(run=run, report=page)
+
+
+def _under_their_names(
+    work: CaseListing | CaseStream, key: Path | str | None
+) -> tuple[Iterable[Work], tuple[Rejection, ...]]:
+    """Cases, and those turned away, as outputs call them: by their names, or by a key's."""
+    redaction = None if key is None else read_key(Path(key))
+    if isinstance(work, CaseStream):
+        return work if redaction is None else redaction.stream(work), ()
+    listing = work if redaction is None else redaction.listing(work)
+    return listing.cases, listing.rejected
 
 
 def open_work(

@@ -170,7 +170,7 @@ def _pictured(
     try:
         views, volume = _draw(record, folder / record.output.name, case, packs=packs)
     except MedMambaError as problem:
-        logger.warning("case %s: no pictures (%s)", record.case_id, problem.message)
+        logger.warning("case %s: no pictures (%s)", record.case_id, problem.code)
         return replace(entry, without_pictures=f"{problem.code}: the files could not be read again")
     return replace(entry, views=views, volume=volume)
 

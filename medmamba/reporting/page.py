@@ -12,6 +12,7 @@ from pathlib import Path
 
 from medmamba import __version__
 from medmamba.dataset import Case, find_cases
+from medmamba.dataset.redaction import read_key
 from medmamba.errors import UsageError
 from medmamba.files import to_csv, to_plain, write_atomic
 from medmamba.inference.journal import SUMMARY_COLUMNS, summary_rows
@@ -46,6 +47,7 @@ def write_report(
     *,
     images: Path | None = None,
     interactive: bool = False,
+    key: Path | None = None,
     on_case: Callable[[int, int], None] | None = None,
 ) -> ReportOutcome:
     """Write the page and the table of everything in an output folder.
@@ -54,10 +56,11 @@ def write_report(
         folder: where masks and records are.
         images: what was predicted, to show the images under the masks.
         interactive: put the viewer and small volumes into the page.
+        key: file of the key that cases were renamed by, to find their images.
         on_case: called after each case with (done, total).
 
     Raises:
-        UsageError: the folder holds no record.
+        UsageError: the folder holds no record, or the key cannot be read.
         EnvironmentFault: the folder cannot be written, or the viewer is not installed.
         SecurityError: the viewer's file is not the pinned one.
     """
@@ -71,7 +74,7 @@ def write_report(
         raise UsageError(f"{folder}: holds no record of a predicted case. Give the output folder.")
     write_atomic(folder / SUMMARY_FILE, to_csv(SUMMARY_COLUMNS, summary_rows(records)))
     return write_page(
-        folder / REPORT_FILE, records, folder, _cases_of(images, records),
+        folder / REPORT_FILE, records, folder, _cases_of(images, records, key),
         interactive=interactive, on_case=on_case,
     )  # fmt: skip
 
@@ -148,8 +151,13 @@ def _cells(entry: Entry, columns: list[str]) -> list[LabelLine | None]:
     return [found.get(name) for name in columns]
 
 
-def _cases_of(images: Path | None, records: Sequence[CommitRecord]) -> Mapping[str, Case]:
+def _cases_of(
+    images: Path | None, records: Sequence[CommitRecord], key: Path | None
+) -> Mapping[str, Case]:
     if images is None:
         return {}
     channels = max((len(record.inputs) for record in records), default=1) or 1
-    return {case.id: case for case in find_cases(images, channels=channels).cases}
+    listing = find_cases(images, channels=channels)
+    if key is not None:
+        listing = read_key(key).listing(listing)
+    return {case.id: case for case in listing.cases}

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medmamba.dataset import Case
 from medmamba.errors import InputError
 from medmamba.files import hash_file, to_json
 from medmamba.inference.records import (
@@ -103,6 +104,6 @@ def test_folders_are_cut_out_of_texts(tmp_path: Path) -> None:
     record = CommitRecord(
         case_id="scan", status="rejected", error=error, warnings=(f"W_X: {path} is odd",)
     )
-    text = to_json(redacted(record, (path,)))
+    text = to_json(redacted(record, Case(id="a", images=(path,))))
     assert "ZZPHI" not in text
     assert "scan.nii.gz: damaged" in text
