@@ -15,7 +15,7 @@ from medmamba.errors import UsageError
 from medmamba.files import RECORD_CONFIG
 from medmamba.inference.history import DECIDED, events, run_folders
 from medmamba.inference.journal import is_live
-from medmamba.inference.records import DONE, read_record
+from medmamba.inference.records import DONE, read_record, records_folder
 
 LAST_ERRORS = 10
 
@@ -112,9 +112,10 @@ def folder_status(folder: Path) -> FolderStatus:
     Raises:
         UsageError: nobody has predicted there.
     """
+    named, folder = folder, records_folder(folder)
     runs = run_folders(folder)
     if not runs:
-        raise UsageError(f"{folder}: holds no run. Give a folder that `medmamba predict` wrote.")
+        raise UsageError(f"{named}: holds no run. Give a folder that `medmamba predict` wrote.")
     known: dict[str, tuple[str, str]] = {}
     errors: deque[LastError] = deque(maxlen=LAST_ERRORS)
     states = [_read_run(path, known, errors) for path in runs]
@@ -133,7 +134,7 @@ def folder_status(folder: Path) -> FolderStatus:
     running = [state for state in states if state.live]
     rate = _rate(running or states[-1:])
     return FolderStatus(
-        folder=str(folder),
+        folder=str(named),
         total=total,
         done=done,
         with_warnings=counts["ok_with_warnings"],
@@ -157,7 +158,8 @@ def folder_status(folder: Path) -> FolderStatus:
 def run_shards(folder: Path, count: int) -> tuple[ShardState, ...]:
     """Return what is known of every one of ``count`` shares."""
     nothing: dict[str, tuple[str, str]] = {}
-    states = [_read_run(path, nothing, deque(maxlen=1)) for path in run_folders(folder)]
+    runs = run_folders(records_folder(folder))
+    states = [_read_run(path, nothing, deque(maxlen=1)) for path in runs]
     return _shards_of(states, count)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dicom_phantom import make_series, save
 from nnunet_results import write_results
 
 pytestmark = pytest.mark.slow  # .ci/run names this file
@@ -70,6 +71,19 @@ def test_overnight(imported, raw, tmp_path):
     now = masks(tmp_path / "masks")
     assert len(now) == 2
     assert made.items() <= now.items()
+
+
+def test_clinic(imported, tmp_path):
+    studies = tmp_path / "studies"
+    for name in ("a", "b"):
+        save(make_series(), studies / name)
+    save(make_series()[::2], studies / "every_other")
+    next((studies / "b").iterdir()).unlink()
+    result = walk("clinic", studies, tmp_path / "out", imported[0] / "model")
+    assert set(masks(tmp_path / "out" / "masks")) == {"a.nii.gz", "every_other.nii.gz"}
+    assert result.stdout.count("to the archive: ") == 2
+    assert (tmp_path / "out" / "masks" / "report.html").is_file()
+    assert "medmamba_cases" in (tmp_path / "out" / "medmamba.prom").read_text()
 
 
 def test_compare(raw, tmp_path):

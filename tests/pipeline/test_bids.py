@@ -94,6 +94,23 @@ def test_a_bids_folder_becomes_a_bids_derivative(dataset, model, run, tmp_path) 
     assert len(list((out / "medmamba" / "run").glob("*/report.html"))) == 1
     assert run("verify", out)[0] == 0
     assert run("report", out)[0] == 0
+    code, status, _ = run("status", out, "--json")
+    assert (code, json.loads(status)["done"]) == (0, 3)
+
+
+def test_shares_of_a_bids_folder_are_accounted_for(dataset, model, run, tmp_path) -> None:
+    out = tmp_path / "out"
+    words = ["predict", "-i", dataset, "-o", out, "-m", model, "--layout", "bids", "--in-process",
+             "--bids-suffix", "T1w", "--no-report", "--shard"]  # fmt: skip
+    account = ["verify", out, "--expect-shards", "2", "-i", dataset, "--bids-suffix", "T1w"]
+    assert run(*words, "0/2")[0] == 0
+    code, told, _ = run(*account, "--json")
+    told = json.loads(told)
+    assert code == 4
+    assert [item["index"] for item in told["shards_unfinished"]] == [1]
+    assert len(told["cases_missing"]) == 3 - len(list((out / "medmamba").glob("sub-*.json")))
+    assert run(*words, "1/2")[0] == 0
+    assert run(*account)[0] == 0
 
 
 def test_what_is_rejected_later_is_taken_away(dataset, model, run, tmp_path) -> None:
