@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: viewer dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-walkthroughs test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
+.PHONY: viewer dicom-check readme-tables sbom licences audit wheel-check wheels container-lint container-check help setup demo test test-slow test-walkthroughs test-full lint types format golden bench bench-gpu bench-train-gpu docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,13 +33,16 @@ demo: setup ## plan, train, predict and evaluate on real brain MRI (under 10 min
 	$(BIN)/medmamba demo -o demo_output
 
 # Threads that spin while they wait would take the processors from the programs that tests start.
-test test-walkthroughs test-full: export OMP_WAIT_POLICY := passive
+test test-slow test-walkthroughs test-full: export OMP_WAIT_POLICY := passive
 # Two at a time; the tests of a file stay together, since they share what was made for them.
 test: setup ## the tests a change must pass (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-walkthroughs: setup ## run every walkthrough on tiny data
 	$(BIN)/python -m pytest tests/cli/test_walkthroughs.py
+
+test-slow: setup ## what `make test` leaves out and needs no GPU, walkthroughs too
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-full: setup ## everything that needs no GPU, the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
