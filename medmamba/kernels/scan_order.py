@@ -158,30 +158,36 @@ def snake(shape: Shape) -> tuple[ScanOrder, ...]:
     return (_order(index),)
 
 
-def local_window(shape: Shape, window: int = WINDOW) -> tuple[ScanOrder, ...]:
+def local_window(shape: Shape, window: int | Shape = WINDOW) -> tuple[ScanOrder, ...]:
     """Cubic windows in raster order, raster inside; windows at the far edges may be partial.
 
     LocalMamba (arXiv 2403.09338). `local_window_reset` makes each a sequence of its own.
+
+    Args:
+        shape: tokens per axis.
+        window: side of a window, or one side per axis.
     """
+    sides = (window,) * len(shape) if isinstance(window, int) else window
     position = _coordinates(shape)
     key = torch.zeros(math.prod(shape), dtype=torch.int64)
     for axis, size in enumerate(shape):
-        key = key * -(-size // window) + position[axis] // window
+        key = key * -(-size // sides[axis]) + position[axis] // sides[axis]
     for axis in range(len(shape)):
-        key = key * window + position[axis] % window
+        key = key * sides[axis] + position[axis] % sides[axis]
     return (_order(torch.argsort(key)),)
 
 
 def local_window_reset(shape: Shape, window: int = WINDOW) -> tuple[ScanOrder, ...]:
-    """Windows as independent sequences.
+    """Windows as independent sequences, all of one size.
 
-    Raises:
-        KernelError: the windows do not divide the grid.
+    Per axis a window has the largest side up to `window` that divides the axis, so that every
+    grid has its windows: 6 tokens of 12, and all of an axis that is shorter than a window.
     """
-    if any(size % window for size in shape):
-        raise KernelError(f"windows of {window} do not divide the grid {shape}; use 'local-window'")
+    sides = tuple(
+        next(side for side in range(min(window, size), 0, -1) if size % side == 0) for size in shape
+    )
     return tuple(
-        replace(order, reset_every=window ** len(shape)) for order in local_window(shape, window)
+        replace(order, reset_every=math.prod(sides)) for order in local_window(shape, sides)
     )
 
 

@@ -13,7 +13,6 @@ from medmamba.kernels.scan_order import local_window, local_window_reset, scan_o
 
 GRIDS = st.lists(st.integers(1, 11), min_size=2, max_size=3).map(tuple)
 AWKWARD = [(1, 1, 1), (7, 9, 10), (5, 1, 16), (16, 16, 16), (3, 8), (1, 5)]
-FREE = [name for name in SCAN_ORDERS if name != "local-window-reset"]
 
 
 def coordinates(order: ScanOrder, shape: tuple[int, ...]) -> torch.Tensor:
@@ -24,7 +23,7 @@ def coordinates(order: ScanOrder, shape: tuple[int, ...]) -> torch.Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(shape=GRIDS)
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", SCAN_ORDERS)
 def test_every_order_is_a_permutation(name: str, shape: tuple[int, ...]) -> None:
     length = math.prod(shape)
     for order in scan_orders(name, shape):
@@ -36,7 +35,7 @@ def test_every_order_is_a_permutation(name: str, shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("shape", AWKWARD)
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", SCAN_ORDERS)
 def test_tables_fit_the_kernels(name: str, shape: tuple[int, ...]) -> None:
     for order in scan_orders(name, shape):
         if order.index is not None:
@@ -86,11 +85,17 @@ def test_windows_are_visited_one_after_the_other(shape: tuple[int, ...], window:
     assert changes == math.prod(-(-size // window) for size in shape) - 1
 
 
-def test_separate_windows_need_a_grid_they_divide() -> None:
-    (order,) = local_window_reset((4, 8), 4)
-    assert order.reset_every == 16
-    with pytest.raises(KernelError, match="divide"):
-        local_window_reset((5, 8), 4)
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [((8, 16), (8, 8)), ((12, 3), (6, 3)), ((16, 20, 7), (8, 5, 7)), ((11, 4), (1, 4))],
+)
+def test_separate_windows_divide_every_grid(
+    shape: tuple[int, ...], sides: tuple[int, ...]
+) -> None:
+    (order,) = local_window_reset(shape)
+    assert order.reset_every == math.prod(sides)
+    windows = coordinates(order, shape) // torch.tensor(sides)
+    assert all(len(part.unique(dim=0)) == 1 for part in windows.split(order.reset_every))
 
 
 def test_unknown_orders_are_refused() -> None:

@@ -14,7 +14,7 @@ from medmamba.networks.directions import ORDERS, SEGMENT
 from medmamba.networks.ssm import DirectionalScan, Mamba
 
 WIDTH, STATE = 6, 4
-SHAPES: dict[int, tuple[int, ...]] = {2: (8, 16), 3: (8, 8, 16)}
+SHAPES: dict[int, tuple[int, ...]] = {2: (6, 16), 3: (5, 8, 12)}
 
 
 def seeded(build: Any, **options: Any) -> nn.Module:
