@@ -29,8 +29,10 @@ SUGGESTIONS: dict[str, str] = {
     "W_CLASS_ABSENT": "Check the label values, or remove the class from dataset.json.",
     "W_DUPLICATE": "Remove copies: a case both trained on and validated on flatters the scores.",
     "W_GEOM_UNCODED": "Write the affine into the files, or predictions cannot be placed in space.",
+    "W_HU_RANGE": "Export the image with its rescale slope and intercept.",
     "W_LABEL_EMPTY": "Make sure that the case holds nothing to segment.",
     "W_LABEL_STRAY": "Add the image or remove the label file.",
+    "W_MODALITY": "Check that the channel is what 'channel_names' says.",
     "W_NAME_STRAY": "Name channel files CASE_0000, CASE_0001, ...",
     "W_ORIENTATION": "Nothing must be done; results are best when new images are stored alike.",
 }

@@ -32,6 +32,7 @@ from medmamba.io import (
     TRAINING_GATE,
     SourceHeader,
     judge_image,
+    judge_modality,
     orientation_code,
     read_image,
     read_labels,
@@ -39,6 +40,8 @@ from medmamba.io import (
 from medmamba.volume import Geometry
 
 MOST_WORKERS = 8
+CONVERTED = "W_GEOM_UNITS: converted"
+"""How the warning of a file begins whose unit is not the millimetre."""
 _NAMES_SHOWN = 5
 
 
@@ -99,7 +102,7 @@ def _verify_case(case: Case, dataset: Dataset) -> _CaseRecord:
     _check_channel_files(record, dataset)
     digest = hashlib.sha256()
     for path in case.images:
-        _check_image(record, path, digest)
+        _check_image(record, path, dataset, digest)
     # A modality that is absent and filled with zeros is common; an empty case is not.
     is_empty = len(record.constant) == record.channels
     for message in record.constant:
@@ -150,19 +153,20 @@ def _check_channel_total(record: _CaseRecord, dataset: Dataset) -> None:
     record.add("E_CHAN_COUNT", message)
 
 
-def _check_image(record: _CaseRecord, path: Path, digest: Any) -> None:
+def _check_image(record: _CaseRecord, path: Path, dataset: Dataset, digest: Any) -> None:
     try:
         volume, header = read_image(path, gate=TRAINING_GATE)
     except InputError as problem:
         record.add(problem.code, problem.message)
         return
     array: NDArray[np.float32] = volume.array  # type: ignore[assignment]
+    names = dataset.channel_names[record.channels :]
     record.channels += array.shape[0]
     record.files_read += 1
     digest.update(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array).data.cast("B"))
     _note_warnings(record, path, header)
-    for finding in judge_image(array):
+    for finding in (*judge_image(array), *judge_modality(array, names)):
         message = f"{path.name}: {finding.message}"
         if finding.code == "E_VAL_CONSTANT":
             record.constant.append(message)
@@ -194,6 +198,12 @@ def _note_spacing(
     ):
         return
     listed = " x ".join(f"{value:.4g}" for value in spacing)
+    # Microscopes and maps have any scale; a unit that makes voxels of metres is a slip.
+    if max(spacing) > gate.max_spacing_mm and any(CONVERTED in note for note in header.warnings):
+        record.add(
+            "E_GEOM_SPACING", f"{path.name}: with the unit it states, its voxels are {listed} mm."
+        )
+        return
     record.add("W_GEOM_SPACING", f"{path.name}: voxels of {listed} mm are unusual.")
 
 

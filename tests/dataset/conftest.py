@@ -61,7 +61,7 @@ def raw_dataset(tmp_path: Path) -> Path:
     for channel in range(2):
         write_volume(folder / "imagesTs" / f"new_{channel:04d}.nii.gz", image_values(90 + channel))
     description = {
-        "channel_names": {"0": "CT", "1": "MRI"},
+        "channel_names": {"0": "PET", "1": "MRI"},
         "labels": {"background": 0, "liver": 1, "tumour": 2},
         "numTraining": 6,
         "file_ending": ".nii.gz",

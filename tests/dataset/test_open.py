@@ -25,7 +25,7 @@ def test_nnunet_layout(raw_dataset: Path) -> None:
     (raw_dataset / "imagesTr" / "._case_00_0000.nii.gz").write_bytes(b"macOS")
     dataset = open_dataset(raw_dataset)
     assert (dataset.name, dataset.layout) == ("Dataset123_Phantom", "nnunet")
-    assert dataset.channel_names == ("CT", "MRI")
+    assert dataset.channel_names == ("PET", "MRI")
     assert [case.id for case in dataset.training_cases] == [f"case_{i:02d}" for i in range(6)]
     assert [case.id for case in dataset.test_cases] == ["new"]
     case = dataset.case("case_03")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -200,6 +201,28 @@ def test_one_image_file(raw_dataset: Path, volume: Write) -> None:
     # Without a single channel to see anything in, the case is unusable.
     assert "every value is 1" in problems["case_03", "E_VAL_CONSTANT"]
     assert len(problems) == 4
+
+
+def test_values_that_no_image_of_its_kind_has(
+    raw_dataset: Path, volume: Write, edit: Edit
+) -> None:
+    edit(raw_dataset, channel_names={"0": "CT", "1": "MRI"})
+    images = raw_dataset / "imagesTr"
+    for index in range(6):
+        volume(images / f"case_{index:02d}_0000.nii.gz", values(index) - 500)
+    volume(images / "case_01_0000.nii.gz", values(7) + 950)
+    volume(images / "case_02_0000.nii.gz", values(8))
+    problems = found(raw_dataset)
+    assert list(problems) == [("case_01", "W_HU_RANGE"), ("case_02", "W_MODALITY")]
+
+
+def test_a_unit_that_makes_voxels_of_metres(raw_dataset: Path) -> None:
+    for path in [*raw_dataset.glob("*Tr/case_01*")]:
+        image = nibabel.load(path)
+        image.header.set_xyzt_units("meter")
+        nibabel.save(image, path)
+    message = found(raw_dataset)["case_01", "E_GEOM_SPACING"]
+    assert "1000" in message
 
 
 def test_files_of_no_case_absent_classes_and_orientations(
