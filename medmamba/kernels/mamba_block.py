@@ -10,7 +10,7 @@ Shapes: B batch, L tokens, C model width, E inner width, N state size, R rank of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -124,9 +124,65 @@ def chunk_length(tokens: Tensor, inner: int, *, segment: int = 0) -> int:
     if tokens.shape[0] * tokens.shape[1] * inner < STREAM_FROM_VALUES or _whole.get():
         return 0
     values = CPU_CHUNK_VALUES if on_cpu(tokens) else GPU_CHUNK_VALUES
-    count = values // max(1, tokens.shape[0] * inner)
-    unit = segment or MINIMUM_CHUNK
+    return _tokens_of(values, tokens.shape[0] * inner, segment or MINIMUM_CHUNK)
+
+
+def _tokens_of(values: int, values_per_token: int, unit: int) -> int:
+    count = values // max(1, values_per_token)
     return max(MINIMUM_CHUNK, count) // unit * unit or unit
+
+
+def layer_chunk(tokens: Tensor, weights: MambaWeights) -> int:
+    """Return the tokens of a chunk of ``mamba_layer``, 0 where it has nothing to offer.
+
+    That is in training, whose backward pass needs what a chunk leaves out, on a GPU, where chunks
+    share no cache, and for maps that fit a cache as they are.
+    """
+    inner = weights.A_log.shape[0]
+    if not on_cpu(tokens) or is_fake(tokens) or torch.is_grad_enabled() or _whole.get():
+        return 0
+    length = _tokens_of(CPU_CHUNK_VALUES, tokens.shape[0] * inner, MINIMUM_CHUNK)
+    return length if length < tokens.shape[1] else 0
+
+
+def mamba_layer(
+    tokens: Tensor,
+    weights: MambaWeights,
+    *,
+    before: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor, Tensor], Tensor],
+    length: int,
+) -> Tensor:
+    """Evaluate a block with the token-wise work around it, chunk by chunk; no gradient.
+
+    A chunk goes through everything while it lies in the cache; otherwise each of these steps
+    reads and writes a whole map.
+
+    Args:
+        tokens: (B, L, C).
+        weights: the block's tensors.
+        before: what makes the block's input of tokens.
+        after: what makes the layer's output of the block's output and the layer's own tokens.
+        length: tokens of a chunk, from ``layer_chunk``.
+
+    Returns:
+        (B, L, channels of ``after``).
+    """
+    dtype = compute_dtype(tokens)
+    cast = _cast(weights, dtype)
+    carry, out = None, None
+    for start in range(0, tokens.shape[1], length):
+        piece = tokens[:, start : start + length]
+        entry = before(piece).to(dtype)
+        carry = _first_carry(entry, cast) if carry is None else carry
+        with torch.autocast("cpu", enabled=False):
+            mixed, inputs, last = _chunk_output(entry, cast, carry, 0)
+        carry = _Carry(_last_inputs(carry.history, inputs), last)
+        y = after(mixed, piece)
+        out = y.new_empty(*tokens.shape[:2], y.shape[-1]) if out is None else out
+        out[:, start : start + length] = y
+    assert out is not None
+    return out
 
 
 def _cast(weights: MambaWeights, dtype: torch.dtype) -> MambaWeights:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _gpu: ContextVar[bool] = ContextVar("gpu", default=False)
@@ -36,7 +37,9 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is to be worked on by a CPU."""
+    """Tell whether the forms for CPUs are to be taken; ``torch.compile`` makes its own."""
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" and not _gpu.get()
 
 

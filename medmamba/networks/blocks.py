@@ -73,7 +73,7 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised map, in the shape, type and memory format of ``x``."""
         weight, bias = self.weight, self.bias
-        if torch.compiler.is_compiling() or not on_cpu(x):
+        if not on_cpu(x):
             return functional.instance_norm(x, weight=weight, bias=bias, eps=EPS)
         if x.is_contiguous() or x[0, 0].numel() == 1:
             return functional.group_norm(x, x.shape[1], weight, bias, EPS)

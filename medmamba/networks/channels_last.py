@@ -38,7 +38,7 @@ def depthwise_conv(
         stride: the same on every axis.
     """
     maps = x.movedim(-1, 1)
-    if torch.compiler.is_compiling() or not on_cpu(x):
+    if not on_cpu(x):
         return _convolve(maps, weight, bias, stride).movedim(1, -1)
     dtype = _reduced_type(x) if _is_reduced(x) else x.dtype
     with torch.autocast("cpu", enabled=False):

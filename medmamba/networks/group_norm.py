@@ -32,7 +32,7 @@ class GroupNormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape."""
-        if not torch.compiler.is_compiling() and on_cpu(x):
+        if on_cpu(x):
             y = _GroupNormReLU.apply(x, self.weight, self.bias, self.groups)  # type: ignore[no-untyped-call]
             return cast(Tensor, y)
         y = functional.group_norm(x.movedim(-1, 1), self.groups, self.weight, self.bias, EPS)

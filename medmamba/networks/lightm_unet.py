@@ -26,6 +26,7 @@ from medmamba.networks.definition import NetworkDefinition, check_spec, read_opt
 from medmamba.networks.group_norm import GroupNormReLU
 from medmamba.networks.mixer import make_mixer
 from medmamba.networks.spec import NetworkSpec, OptionValue
+from medmamba.networks.ssm import Mamba
 
 OFFICIAL_FILTERS, SMALL_FILTERS, MEDIUM_FILTERS = 32, 8, 16
 OFFICIAL_BLOCKS = (1, 2, 2, 4)
@@ -92,11 +93,16 @@ class MambaLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, *spatial, out_channels)."""
-        tokens = x.flatten(1, -2)
-        mixed = self.mamba(self.norm(tokens), x.shape[1:-1])
-        mixed = self.norm(torch.addcmul(mixed, tokens, self.skip_scale))
-        y = linear(mixed, self.proj.weight, self.proj.bias)
+        tokens, shape = x.flatten(1, -2), x.shape[1:-1]
+        if isinstance(self.mamba, Mamba):
+            y = self.mamba.around(tokens, shape, self.norm, self._finish)
+        else:
+            y = self._finish(self.mamba(self.norm(tokens), shape), tokens)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _finish(self, mixed: Tensor, tokens: Tensor) -> Tensor:
+        mixed = self.norm(torch.addcmul(mixed, tokens, self.skip_scale))
+        return linear(mixed, self.proj.weight, self.proj.bias)
 
 
 class ResidualMambaBlock(nn.Module):

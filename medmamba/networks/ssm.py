@@ -9,7 +9,7 @@ N state size, R rank of the step size, K scan directions, G groups.
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -19,7 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from medmamba.errors import PlanError
 from medmamba.kernels.directions import DirectionWeights, scan_direction
-from medmamba.kernels.mamba_block import MambaWeights, chunk_length, mamba_block
+from medmamba.kernels.mamba_block import (
+    MambaWeights,
+    chunk_length,
+    layer_chunk,
+    mamba_block,
+    mamba_layer,
+)
 from medmamba.networks.channels_last import depthwise_conv
 from medmamba.networks.directions import (
     SIAMESE,
@@ -118,6 +124,28 @@ class Mamba(ScanBranch):
             total = part if total is None else total + part
         assert total is not None
         return total / len(ways) if self.averages else total
+
+    def around(
+        self,
+        tokens: Tensor,
+        shape: Sequence[int],
+        before: Callable[[Tensor], Tensor],
+        after: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Return ``after(block(before(tokens)), tokens)``, in inference as fast as a CPU can.
+
+        Args:
+            tokens: (B, L, C), of the layer that holds this block.
+            shape: of the map.
+            before: token by token, makes the block's input.
+            after: token by token, makes the layer's output.
+        """
+        if self.order == "raster":
+            weights = self.weights(self)
+            length = layer_chunk(tokens, weights)
+            if length:
+                return mamba_layer(tokens, weights, before=before, after=after, length=length)
+        return after(self(before(tokens), shape), tokens)
 
     def weights(self, branch: ScanBranch) -> MambaWeights:
         """Return the tensors with which ``branch`` evaluates one Mamba block."""

@@ -203,9 +203,7 @@ def test_one_image_file(raw_dataset: Path, volume: Write) -> None:
     assert len(problems) == 4
 
 
-def test_values_that_no_image_of_its_kind_has(
-    raw_dataset: Path, volume: Write, edit: Edit
-) -> None:
+def test_values_that_no_image_of_its_kind_has(raw_dataset: Path, volume: Write, edit: Edit) -> None:
     edit(raw_dataset, channel_names={"0": "CT", "1": "MRI"})
     images = raw_dataset / "imagesTr"
     for index in range(6):

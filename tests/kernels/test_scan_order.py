@@ -89,9 +89,7 @@ def test_windows_are_visited_one_after_the_other(shape: tuple[int, ...], window:
     ("shape", "sides"),
     [((8, 16), (8, 8)), ((12, 3), (6, 3)), ((16, 20, 7), (8, 5, 7)), ((11, 4), (1, 4))],
 )
-def test_separate_windows_divide_every_grid(
-    shape: tuple[int, ...], sides: tuple[int, ...]
-) -> None:
+def test_separate_windows_divide_every_grid(shape: tuple[int, ...], sides: tuple[int, ...]) -> None:
     (order,) = local_window_reset(shape)
     assert order.reset_every == math.prod(sides)
     windows = coordinates(order, shape) // torch.tensor(sides)

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from medmamba.errors import PlanError
+from medmamba.kernels import mamba_block
 from medmamba.networks import NETWORKS, build_network
 from medmamba.networks.lightm_unet import Conv, LightMUNet, MambaLayer
 from medmamba.networks.mixer import IdentityMixer
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.ssm import Mamba
 
 
 def planned(name: str, dimension: int = 3, *, stages: int = 4) -> NetworkSpec:
@@ -116,3 +118,23 @@ def test_train_and_eval_agree_and_no_lower_heads_exist() -> None:
     assert torch.equal(network.train()(image), network.eval()(image))
     network.deep_supervision = True
     assert [output.shape for output in network(image)] == [(1, 2, 8, 8, 16)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_inference_in_chunks_gives_what_training_computes(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(mamba_block, "CPU_CHUNK_VALUES", 1 << 12)
+    torch.manual_seed(0)
+    mixer = Mamba(8, 3)
+    layer = MambaLayer(8, 16, mixer).double()
+    # 693 tokens: chunks of 256 and a rest that is none
+    x = torch.randn(batch, 7, 9, 11, 8, dtype=torch.float64)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        assert mamba_block.layer_chunk(x.flatten(1, -2), mixer.weights(mixer)) == 256
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+        with torch.autocast("cpu", torch.bfloat16):
+            reduced = layer.float()(x.float())
+    assert reduced.dtype is torch.bfloat16
+    assert float((reduced - expected).abs().max()) < 0.05 * float(expected.abs().max())
