@@ -1,10 +1,13 @@
 """The causal convolution: compiled against PyTorch, gradients, and chunks against the whole."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
-from medmamba.kernels.causal_conv import conv_silu, conv_silu_backward
+from medmamba.kernels.causal_conv import causal_conv_silu, conv_silu, conv_silu_backward
+from medmamba.kernels.placement import as_on_gpu
 
 SHAPES = [
     (1, 1, 1, 4),
@@ -55,6 +58,24 @@ def test_gradients_are_those_of_autograd():
     found = conv_silu_backward(grad, x, weight, bias)
     for one, leaf in zip(found, leaves, strict=False):
         assert relative(one, leaf.grad) < 1e-12
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_only_the_input_is_kept_for_the_backward(on_gpu):
+    x, weight, bias, *_ = inputs((2, 65, 16, 4), torch.bfloat16)
+    leaves = [x.clone().requires_grad_(), weight[:, None], bias]
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with as_on_gpu() if on_gpu else nullcontext():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = causal_conv_silu(*leaves)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert sum(kept) == 2 * x.numel() + 4 * (weight.numel() + bias.numel())
 
 
 @pytest.mark.parametrize("cut", [1, 2, 64, 100])

@@ -231,6 +231,16 @@ def test_compiled_output_is_the_same(name: str, dimension: int) -> None:
     assert float((compiled - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@each_network
+def test_network_compiles_as_one_graph(name: str, dimension: int) -> None:
+    spec = plan(name, dimension)
+    torch.compiler.reset()
+    found = torch._dynamo.explain(seeded(spec).eval())(image_for(spec))
+    assert found.graph_count == 1, [str(reason.reason) for reason in found.break_reasons]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
