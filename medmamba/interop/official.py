@@ -37,6 +37,18 @@ FIXED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 """Arguments of nnU-Net's family that have one value in all official plans."""
 
+LIGHTM_FIXED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "act": ("RELU", ["RELU", {"inplace": True}]),
+        "dropout_prob": (None, 0),
+        "norm": (["GROUP", {"num_groups": 8}],),
+        "num_groups": (8,),
+        "upsample_mode": ("nontrainable",),
+        "use_conv_final": (True,),
+    }
+)
+"""Arguments of LightM-UNet that its trainer leaves at their defaults."""
+
 
 def build(network: str, constructor: Constructor) -> nn.Module:
     """Build a network as an official class would be built.
@@ -137,6 +149,13 @@ def _mambaclinix(constructor: Constructor) -> NetworkSpec:
 
 def _lightm(constructor: Constructor) -> NetworkSpec:
     """Read LightM-UNet's arguments, with the defaults of its class."""
+    for key, allowed in LIGHTM_FIXED.items():
+        value = constructor.get(key, allowed[0])
+        value = list(value) if isinstance(value, tuple) else value
+        if value not in allowed:
+            raise BundleError(
+                f"network LightMUNet: {key} = {value!r} is not supported, only {allowed[0]!r}."
+            )
     dimension = int(constructor.get("spatial_dims", 3))
     down = tuple(int(blocks) for blocks in constructor.get("blocks_down", (1, 2, 2, 4)))
     up = tuple(int(blocks) for blocks in constructor.get("blocks_up", (1, 1, 1)))

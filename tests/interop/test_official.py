@@ -396,6 +396,14 @@ def test_arguments_we_do_not_compute_are_refused(change: dict[str, Any], message
         build("PlainConvUNet", TINY | change)
 
 
+def test_other_forms_of_lightm_unet_are_refused() -> None:
+    plain = {"norm": ("GROUP", {"num_groups": 8}), "act": ["RELU", {"inplace": True}]}
+    build("LightMUNet", {"blocks_down": [1, 1], "blocks_up": [1], **plain})
+    for key, value in {"upsample_mode": "deconv", "use_conv_final": False, "norm": "BATCH"}.items():
+        with pytest.raises(BundleError, match=f"{key} = "):
+            build("LightMUNet", {key: value})
+
+
 def test_missing_argument_and_unknown_class_are_named() -> None:
     with pytest.raises(BundleError, match="'strides' is missing"):
         build("PlainConvUNet", {key: value for key, value in TINY.items() if key != "strides"})
