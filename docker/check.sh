@@ -79,8 +79,10 @@ options=(--isolation chroot --layers=false -f docker/Dockerfile --target "$targe
 if [ -n "$links" ]; then
   options+=(--volume "$links:$links:ro" --build-arg "PIP_FIND_LINKS=$links")
 fi
-timed buildah bud -q "${options[@]}" -t "localhost/medmamba:$target" . >"$scratch/build.log" 2>&1 ||
+begun=$SECONDS # not `timed`, in which a failure before || would be lost
+buildah bud -q "${options[@]}" -t "localhost/medmamba:$target" . >"$scratch/build.log" 2>&1 ||
   { tail -n 40 "$scratch/build.log"; exit 1; }
+echo "   $((SECONDS - begun)) s"
 container=$(buildah from "localhost/medmamba:$target")
 root=$(buildah mount "$container")
 unpacked=$(du -sm "$root" | cut -f1)

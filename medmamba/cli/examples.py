@@ -151,6 +151,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "convert seg-to-rtstruct": (
         ("A model's mask", "convert seg-to-rtstruct mask.nii.gz series -m model -o contours.dcm"),
+        (
+            "One that people drew",
+            "convert seg-to-rtstruct mask.nii.gz series --labels dataset.json -o contours.dcm",
+        ),
     ),
     "convert seg-to-dicom": (
         ("A model's mask", "convert seg-to-dicom mask.nii.gz series -m model -o mask.dcm"),
