@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: TID251
 from triton.compiler import ASTSource  # noqa: TID251
 
 from medmamba.kernels import triton as scan_triton
-from medmamba.kernels import triton_backward, triton_forward
+from medmamba.kernels import triton_backward, triton_forward, triton_parts
 from medmamba.kernels.arguments import Needs, ScanArguments
 from medmamba.kernels.triton_cut import Tuning
 
@@ -112,7 +112,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = f"*{TYPE_NAMES[value.dtype]}"
             attributes[(position,)] = [["tt.divisibility", 16]]
             continue
-        generic = name in triton_forward.SIZES
+        generic = name in triton_parts.SIZES
         if value is None or name.isupper() or (value == 1 and not generic):
             signature[name] = "constexpr"
             constants[name] = value

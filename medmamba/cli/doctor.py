@@ -140,7 +140,7 @@ def _parity(model: Path) -> list[Finding]:
 def _scan() -> list[Finding]:
     import torch
 
-    from medmamba.kernels.backend import BackendStatus, backend_report
+    from medmamba.kernels.backend import BackendStatus, backend_report, choice_problem
 
     def finding(row: BackendStatus, device: str) -> Finding:
         words = ["used" if row.chosen else "available" if row.available else "not used", row.reason]
@@ -151,7 +151,9 @@ def _scan() -> list[Finding]:
         return Finding(f"scan {row.name}", f"{device}: {text}", row.passed or not row.chosen)
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [finding(row, device) for device in devices for row in backend_report(device)]
+    problems = {device: choice_problem(device) for device in devices}
+    unfit = [Finding("scan", f"{device}: {why}", False) for device, why in problems.items() if why]
+    return [*unfit, *(finding(row, device) for device in devices for row in backend_report(device))]
 
 
 def _version(package: str) -> str:

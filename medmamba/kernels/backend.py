@@ -143,6 +143,15 @@ def backend_report(device: str = "cpu") -> tuple[BackendStatus, ...]:
     return tuple(_status(name, arguments, chosen) for name in ORDER)
 
 
+def choice_problem(device: str = "cpu") -> str:
+    """Why no backend runs plain scans on a device, as far as the environment is to blame."""
+    try:
+        choose(_self_test_arguments(device))
+    except KernelError as error:
+        return error.message
+    return ""
+
+
 def _forced(name: str, arguments: ScanArguments) -> Backend:
     if name not in MODULES:
         raise KernelError(f"{VARIABLE}={name} names no backend; give one of {', '.join(ORDER)}")
@@ -193,10 +202,16 @@ def _status(name: str, arguments: ScanArguments, chosen: Backend | None) -> Back
         name=name,
         available=True,
         chosen=backend is chosen,
-        reason=str(getattr(backend, "description", lambda: "")()),
+        reason=_description(backend, chosen=backend is chosen),
         error=error,
         ns_per_element=ns_per_element,
     )
+
+
+def _description(backend: Backend, *, chosen: bool) -> str:
+    runs_on = str(getattr(backend, "description", lambda: "")())
+    forced = f"forced by {VARIABLE}" if chosen and forced_backend() else ""
+    return ", ".join(part for part in (forced, runs_on) if part)
 
 
 def _self_test(backend: Backend, arguments: ScanArguments) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The scan on a GPU, in Triton: what it refuses, its forward and its backward.
 
-The door of triton, together with triton_forward.py and triton_backward.py, which hold the kernels.
+The door of triton, together with triton_forward.py and triton_backward.py, which hold the kernels,
+and triton_parts.py and triton_sums.py, of which these are made.
 Forward in three phases (chunk states, pass over chunks, scan), backward in two streaming passes; no
 float atomics, every sum over programs in a fixed order. Buffers and launches are in
 triton_launch.py, the cut of sequences in triton_cut.py.

@@ -10,10 +10,9 @@ from medmamba.kernels.arguments import ScanArguments
 
 # Chunk lengths are a pure function of shapes, so that results do not depend on the device: sized
 # for the 132 multiprocessors of an H100 with this many programs (warps) each.
-PROGRAMS = 132 * 32
+PROGRAMS = 132 * 64
 SINGLE_CHUNK_PROGRAMS = 132 * 4  # this many fill the device without cutting the sequence
 CHUNK_STEP = 64
-MIN_CHUNK = 128
 MAX_CHUNK = 4096
 MAX_TRAINED_CHUNK = 512  # a program of the backward walks at most this many tokens
 ANCHOR = 16  # tokens after which the running sums of the backward start anew
@@ -116,6 +115,17 @@ def tile_of(arguments: ScanArguments, wanted: int | None) -> int:
     return NARROW_TILE if group_channels(arguments) <= NARROW_TILE else WIDE_TILE
 
 
+def forward_tile(arguments: ScanArguments, tuning: Tuning) -> int:
+    """The same of the walks of the forward, on AMD too, whose wavefronts are twice as wide.
+
+    The backward has no registers for that there. The cut never follows it: results do not depend on
+    the device.
+    """
+    if tuning.tile is None and tuning.lanes == AMD_LANES and group_channels(arguments) > WIDE_TILE:
+        return 2 * AMD_LANES
+    return tile_of(arguments, tuning.tile)
+
+
 def group_channels(arguments: ScanArguments) -> int:
     """Channels that share B and C."""
     return arguments.channels // arguments.groups
@@ -189,7 +199,7 @@ def _chunk(arguments: ScanArguments, tuning: Tuning, *, trained: bool) -> int:
     if programs >= SINGLE_CHUNK_PROGRAMS and arguments.length <= longest:
         return longest
     wanted = arguments.length * programs // PROGRAMS
-    return min(max(-(-wanted // CHUNK_STEP) * CHUNK_STEP, MIN_CHUNK), longest)
+    return min(max(-(-wanted // CHUNK_STEP) * CHUNK_STEP, CHUNK_STEP), longest)
 
 
 def backward_bytes(arguments: ScanArguments, tuning: Tuning = DEFAULT) -> int:

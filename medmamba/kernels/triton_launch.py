@@ -18,6 +18,7 @@ from medmamba.kernels.triton_cut import (
     Leg,
     Tuning,
     blocks_per_chunk,
+    forward_tile,
     group_channels,
     legs_of,
     tile_of,
@@ -96,7 +97,7 @@ class Scan:
         value = self.u if grad_out is None else grad_out
         weight = self.C if adjoint else self.B
         sums = self.float(self.arguments.batch, leg.cut.chunks, self.arguments.channels)
-        grid, common = self._common(leg, self.tuning.tile)
+        grid, common = self._common(leg, forward_tile(self.arguments, self.tuning))
         del common["segment"]
         triton_forward.chunk_state[grid](
             value=value,
@@ -192,7 +193,7 @@ class Scan:
         final: bool,
     ) -> None:
         """Write the output rows, or the float32 sum so far when other legs follow."""
-        grid, common = self._common(leg, self.tuning.tile)
+        grid, common = self._common(leg, forward_tile(self.arguments, self.tuning))
         gate = self.gate if final else None
         triton_forward.chunk_scan[grid](
             **self._inputs(leg, final=final),
@@ -221,7 +222,7 @@ class Scan:
         **buffers: Tensor | None,
     ) -> None:
         """First pass of the backward; `buffers` are named as the kernel's arguments."""
-        grid, common = self._common(leg, self.tuning.backward_tile)
+        grid, common = self._common(leg, tile_of(self.arguments, self.tuning.backward_tile))
         triton_backward.forward_pass[grid](
             **self._inputs(leg, final=with_skip),
             gate=self.gate,
@@ -252,7 +253,7 @@ class Scan:
         **buffers: Tensor | None,
     ) -> None:
         """Second pass of the backward; `buffers` are named as the kernel's arguments."""
-        grid, common = self._common(leg, self.tuning.backward_tile)
+        grid, common = self._common(leg, tile_of(self.arguments, self.tuning.backward_tile))
         triton_backward.reverse_pass[grid](
             **self._inputs(leg, final=True),
             carries=carries,
@@ -291,10 +292,9 @@ class Scan:
             "A_row": self.A.stride(0),
         }
 
-    def _common(self, leg: Leg, wanted_tile: int | None) -> tuple[tuple[int], dict[str, Any]]:
+    def _common(self, leg: Leg, tile: int) -> tuple[tuple[int], dict[str, Any]]:
         """Grid and the sizes that all walking kernels share."""
         arguments, cut = self.arguments, leg.cut
-        tile = tile_of(arguments, wanted_tile)
         tiles = self.tiles_per_group(tile)
         sizes = {
             "length": arguments.length,

@@ -76,3 +76,14 @@ def test_the_report_tells_every_backend() -> None:
         else:
             assert row.reason
             assert not row.passed
+
+
+def test_the_report_tells_what_the_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend.choice_problem() == ""
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    chosen = [row for row in backend.backend_report() if row.chosen]
+    assert [row.name for row in chosen] == ["reference"]
+    assert chosen[0].reason.startswith("forced by MEDMAMBA_SCAN")
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    assert "names no backend" in backend.choice_problem()
+    assert not any(row.chosen for row in backend.backend_report())

@@ -18,7 +18,14 @@ from scan_cases import (
 
 from medmamba.kernels import reference
 from medmamba.kernels.arguments import Needs, ScanArguments
-from medmamba.kernels.triton_cut import Tuning, causal_cut, legs_of
+from medmamba.kernels.triton_cut import (
+    AMD_LANES,
+    NVIDIA_LANES,
+    Tuning,
+    causal_cut,
+    forward_tile,
+    legs_of,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -249,3 +256,19 @@ def test_every_position_belongs_to_one_chunk(
         assert cut.segment == min(reset_every, length)
         assert cut.window % cut.segment == 0
     assert legs_of(arguments, Tuning(), trained=True)[-1].causal
+
+
+def test_wide_wavefronts_take_twice_the_channels_forward_and_change_no_cut() -> None:
+    arguments = make_arguments(Sizes(length=5000, channels=96), bare=True)
+    amd, nvidia = Tuning(lanes=AMD_LANES), Tuning(lanes=NVIDIA_LANES)
+    assert (forward_tile(arguments, amd), forward_tile(arguments, nvidia)) == (128, 64)
+    assert forward_tile(make_arguments(Sizes(channels=64), bare=True), amd) == 64
+    for trained in (False, True):
+        assert causal_cut(arguments, amd, trained=trained) == causal_cut(
+            arguments, nvidia, trained=trained
+        )
+
+
+def test_agrees_on_wide_wavefronts(interpreted: Interpreted) -> None:
+    sizes = Sizes(batch=1, length=9, channels=130, state=3)
+    assert_agrees(interpreted.tuned(chunk=4, lanes=AMD_LANES), make_arguments(sizes))
