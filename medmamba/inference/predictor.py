@@ -56,6 +56,8 @@ class PredictionSettings:
         reuse_constant: compute tiles of one single value, such as air, once per value.
         cpu_fallback: compute a case on the CPU where the device's memory is too small for it.
         features: channels at the highest resolution, from which the tile batch follows.
+        patch_multiple: what the sizes of a patch must be multiples of; empty where it cannot be
+            made smaller.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -66,16 +68,22 @@ class PredictionSettings:
     reuse_constant: bool = True
     cpu_fallback: bool = False
     features: int = 32
+    patch_multiple: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Rung:
-    """One step of the ladder: where to compute and add tiles up, and whether one by one."""
+    """One step of the ladder: where to compute and add tiles up, and whether one by one.
+
+    All steps give the same numbers but those on the CPU (the last digits) and with a smaller patch
+    (less context, other means in instance normalisation).
+    """
 
     accumulate_on_host: bool
     single: bool
     name: str
     on_cpu: bool = False
+    smaller: bool = False
 
 
 _LADDER = (
@@ -84,6 +92,13 @@ _LADDER = (
     _Rung(accumulate_on_host=True, single=True, name="accumulated in host memory, one tile a pass"),
 )
 
+
+_SMALLER = _Rung(
+    accumulate_on_host=True, single=True, smaller=True, name="computed in smaller patches"
+)
+
+LEAST_PATCH_MULTIPLES = 2
+"""Of the total stride, or the deepest stage would be a single voxel, which has no deviation."""
 
 _ON_CPU = _Rung(accumulate_on_host=True, single=True, on_cpu=True, name="computed on the CPU")
 """The last step, for those who allow it: it takes long, and may differ in the last digits."""
@@ -342,8 +357,9 @@ class Predictor:
         course: Course,
         on_tiles: TileProgress | None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Planes from ``reached`` on, with less and less memory: the same numbers on every rung."""
-        for rung in (*_LADDER, *([_ON_CPU] if self.settings.cpu_fallback else [])):
+        """Planes from ``reached`` on, with less and less memory."""
+        smaller = [_SMALLER] if self._smaller_patch != self.patch_size else []
+        for rung in (*_LADDER, *smaller, *([_ON_CPU] if self.settings.cpu_fallback else [])):
             try:
                 with self._networks_on(rung):
                     votes = Votes(self.label_map)
@@ -367,6 +383,19 @@ class Predictor:
             f"{self._grid.patch_size}. Use a device with more memory, or the CPU "
             "(--allow-cpu-fallback for cases like this).",
             code="E_MEM_GPU",
+        )
+
+    @property
+    def _smaller_patch(self) -> tuple[int, ...]:
+        """Half of the patch along every axis that allows it."""
+        multiples = self.settings.patch_multiple or self.patch_size
+        halves = (
+            size // 2 // multiple * multiple
+            for size, multiple in zip(self.patch_size, multiples, strict=True)
+        )
+        return tuple(
+            half if half >= LEAST_PATCH_MULTIPLES * multiple else size
+            for half, size, multiple in zip(halves, self.patch_size, multiples, strict=True)
         )
 
     @contextmanager
@@ -395,7 +424,7 @@ class Predictor:
         return PlaneStream(
             self._networks,
             source,
-            patch_size=self._grid.patch_size,
+            patch_size=self._smaller_patch if rung.smaller else self.patch_size,
             mirror_axes=settings.mirror_axes,
             step=settings.step,
             tile_batch=1 if rung.single else self.tile_batch,

@@ -161,6 +161,7 @@ class _Stages:
                 precision=precision,
                 mirror_axes=branch.training.mirror_axes if mirror else (),
                 features=branch.network.features[0],
+                patch_multiple=branch.network.total_stride,
                 **self._how,
             )
             return Predictor(

@@ -146,6 +146,20 @@ def test_the_cpu_is_the_last_step_only_where_it_is_allowed() -> None:
     np.testing.assert_array_equal(found.labels, predictor(Bright()).predict(image))
 
 
+def test_half_a_patch_is_tried_before_the_cpu_and_said() -> None:
+    image = ball((8, 8, 8), (1.0, 1.0, 1.0))
+    network = Hungry(3)
+    sizes: list[tuple[int, ...]] = []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    frugal = predictor(network, cpu_fallback=True, patch_multiple=(2, 2, 4))
+    found = frugal.restore(frugal.infer(frugal.prepare(image)))
+    assert found.fallbacks == ("computed in smaller patches",)
+    # Half of 8 is twice 2, and only once 4.
+    assert set(sizes[:3]) == {(8, 8, 8)}
+    assert set(sizes[3:]) == {(4, 4, 8)}
+    np.testing.assert_array_equal(found.labels, predictor(Bright()).predict(image))
+
+
 def test_too_little_memory_for_anything_is_an_environment_fault() -> None:
     class Starving(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
