@@ -69,17 +69,22 @@ class CaseListing:
         """Cases found, rejected ones too."""
         return len(self.cases) + len(self.rejected)
 
-    def describe_ignored(self) -> str:
-        """Say what was left out of a folder; empty where nothing was."""
-        if not self.ignored:
+    def describe_ignored(self, output: Path | None = None) -> str:
+        """Say what was left out of a folder, but for ``output``; empty where nothing was."""
+        left_out = [path for path in self.ignored if output is None or not _is_same(path, output)]
+        if not left_out:
             return ""
-        names = [f"{path.name}/" if path.is_dir() else path.name for path in self.ignored]
+        names = [f"{path.name}/" if path.is_dir() else path.name for path in left_out]
         listed = ", ".join(map(repr, names[:MOST_NAMED]))
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         return (
-            f"{len(names)} entries of the input folder are no cases of this model and are left "
-            f"out: {listed}{more}"
+            f"left out of the input folder, since no case of this model: {listed}{more} "
+            f"({len(names)} in all)"
         )
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve()
 
 
 @dataclass(frozen=True, kw_only=True)

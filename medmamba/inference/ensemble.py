@@ -8,8 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from medmamba.inference.course import Course, segmented
 from medmamba.inference.job import Segmented
-from medmamba.inference.predictor import Course, PredictionSettings, Predictor, segmented
+from medmamba.inference.predictor import PredictionSettings, Predictor
 from medmamba.inference.records import Parity
 from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import TileProgress

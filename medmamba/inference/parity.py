@@ -11,7 +11,8 @@ from math import exp, sqrt
 import torch
 from torch import Tensor
 
-from medmamba.inference.predictor import Course, Predictor
+from medmamba.inference.course import Course
+from medmamba.inference.predictor import Predictor
 from medmamba.inference.records import Parity
 from medmamba.labels import LabelMap
 from medmamba.volume import Volume

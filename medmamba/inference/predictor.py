@@ -1,7 +1,7 @@
 """One case from image to labels: preprocessing, the networks of all folds, restoring the grid.
 
 Knows nothing of files, bundles or batches of cases (``engine``), and is given every choice: device,
-precision, flips. What it does when memory runs out is the ladder of ``_LADDER``.
+precision, flips. What it does when memory runs out is the ``ladder``.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from medmamba.errors import EnvironmentFault, MedMambaError
 from medmamba.files import to_plain
+from medmamba.inference.course import Course, segmented
 from medmamba.inference.job import Segmented
-from medmamba.inference.records import Parity, TileCount
+from medmamba.inference.ladder import Rung, rungs, smaller_patch
+from medmamba.inference.records import Parity
 from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import (
     PlaneStream,
@@ -29,7 +31,6 @@ from medmamba.inference.sliding_window import (
 from medmamba.inference.votes import Votes
 from medmamba.labels import LabelMap
 from medmamba.networks.memory_format import pack_weights
-from medmamba.preprocessing.confidence import Confidence
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
 from medmamba.preprocessing.previous import labels_on_working_grid
 from medmamba.preprocessing.recipe import PreprocessingRecipe
@@ -69,89 +70,6 @@ class PredictionSettings:
     cpu_fallback: bool = False
     features: int = 32
     patch_multiple: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rung:
-    """One step of the ladder: where to compute and add tiles up, and whether one by one.
-
-    All steps give the same numbers but those on the CPU (the last digits) and with a smaller patch
-    (less context, other means in instance normalisation).
-    """
-
-    accumulate_on_host: bool
-    single: bool
-    name: str
-    on_cpu: bool = False
-    smaller: bool = False
-
-
-_LADDER = (
-    _Rung(accumulate_on_host=False, single=False, name=""),
-    _Rung(accumulate_on_host=True, single=False, name="accumulated in host memory"),
-    _Rung(accumulate_on_host=True, single=True, name="accumulated in host memory, one tile a pass"),
-)
-
-
-_SMALLER = _Rung(
-    accumulate_on_host=True, single=True, smaller=True, name="computed in smaller patches"
-)
-
-LEAST_PATCH_MULTIPLES = 2
-"""Of the total stride, or the deepest stage would be a single voxel, which has no deviation."""
-
-_ON_CPU = _Rung(accumulate_on_host=True, single=True, on_cpu=True, name="computed on the CPU")
-"""The last step, for those who allow it: it takes long, and may differ in the last digits."""
-
-
-@dataclass
-class Course:
-    """What happened while networks ran.
-
-    Args:
-        fallbacks: what had to be done differently than settings say.
-        tiles: of all networks that did not see the same ones.
-        votes: of flips and folds; None before any were counted.
-    """
-
-    fallbacks: tuple[str, ...] = ()
-    tiles: TileCount = field(default_factory=TileCount)
-    votes: Votes | None = None
-
-    def note(self, fallback: str) -> None:
-        """Add a fallback, once."""
-        self.fallbacks = tuple(dict.fromkeys((*self.fallbacks, fallback)))
-
-    def add(self, stream: PlaneStream, votes: Votes) -> None:
-        """Add what a stream that came to its end has counted."""
-        self.tiles += TileCount(total=stream.tiles, reused=stream.reused)
-        self.votes = votes if self.votes is None else self.votes + votes
-
-
-class _Stream(Protocol):
-    """``restore.LabelStream`` or ``restore_mean.MeanStream``."""
-
-    def finish(self) -> NDArray[Any]:
-        """Return the labels."""
-
-    @property
-    def confidence(self) -> dict[str, Confidence]:
-        """By label name."""
-
-
-def segmented(stream: _Stream, course: Course) -> Segmented:
-    """Put together what a case became."""
-    labels = stream.finish()
-    apart = {} if course.votes is None else course.votes.disagreement
-    return Segmented(
-        labels=labels,
-        confidence={
-            name: replace(found, disagreement=apart.get(name))
-            for name, found in stream.confidence.items()
-        },
-        fallbacks=course.fallbacks,
-        tiles=course.tiles,
-    )
 
 
 class Predictor:
@@ -358,8 +276,8 @@ class Predictor:
         on_tiles: TileProgress | None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Planes from ``reached`` on, with less and less memory."""
-        smaller = [_SMALLER] if self._smaller_patch != self.patch_size else []
-        for rung in (*_LADDER, *smaller, *([_ON_CPU] if self.settings.cpu_fallback else [])):
+        halved = smaller_patch(self.patch_size, self.settings.patch_multiple)
+        for rung in rungs(smaller=halved != self.patch_size, cpu=self.settings.cpu_fallback):
             try:
                 with self._networks_on(rung):
                     votes = Votes(self.label_map)
@@ -385,21 +303,8 @@ class Predictor:
             code="E_MEM_GPU",
         )
 
-    @property
-    def _smaller_patch(self) -> tuple[int, ...]:
-        """Half of the patch along every axis that allows it."""
-        multiples = self.settings.patch_multiple or self.patch_size
-        halves = (
-            size // 2 // multiple * multiple
-            for size, multiple in zip(self.patch_size, multiples, strict=True)
-        )
-        return tuple(
-            half if half >= LEAST_PATCH_MULTIPLES * multiple else size
-            for half, size, multiple in zip(halves, self.patch_size, multiples, strict=True)
-        )
-
     @contextmanager
-    def _networks_on(self, rung: _Rung) -> Iterator[None]:
+    def _networks_on(self, rung: Rung) -> Iterator[None]:
         """Have the networks where a rung needs them, and bring them back for the next case."""
         if not rung.on_cpu:
             yield
@@ -416,7 +321,7 @@ class Predictor:
         self,
         source: TileSource,
         precision: str,
-        rung: _Rung,
+        rung: Rung,
         on_tiles: TileProgress | None,
         votes: Votes,
     ) -> PlaneStream:
@@ -424,7 +329,11 @@ class Predictor:
         return PlaneStream(
             self._networks,
             source,
-            patch_size=self._smaller_patch if rung.smaller else self.patch_size,
+            patch_size=(
+                smaller_patch(self.patch_size, settings.patch_multiple)
+                if rung.smaller
+                else self.patch_size
+            ),
             mirror_axes=settings.mirror_axes,
             step=settings.step,
             tile_batch=1 if rung.single else self.tile_batch,

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medmamba.inference.tiling import flip_sets, importance_map, padding_to, tile_origins
+from medmamba.inference.accumulating import Accumulator
+from medmamba.inference.passes import mean_logits
+from medmamba.inference.tiling import flip_sets, padding_to, tile_origins
 from medmamba.inference.votes import Votes
 
 TileProgress = Callable[[int, int], None]
@@ -181,7 +183,7 @@ class PlaneStream:
         self._per_pass = max(1, tile_batch // len(flips))
         passes = len(flips) * len(networks)
         self._run = partial(
-            _outputs, networks, flips=flips, batch=tile_batch, half=compat,
+            mean_logits, networks, flips=flips, batch=tile_batch, half=compat,
             votes=votes if passes > 1 else None,
         )  # fmt: skip
         self._autocast = autocast
@@ -189,7 +191,7 @@ class PlaneStream:
         self._reuse = reuse_constant
         # nnU-Net rounds each network's mean before it averages networks.
         self._sums = [
-            _Accumulator(
+            Accumulator(
                 self._shape,
                 patch_size,
                 dtype=torch.float16 if compat else torch.float32,
@@ -270,34 +272,6 @@ class PlaneStream:
         return total[:, :, rows, columns]
 
 
-def _outputs(
-    networks: Sequence[nn.Module],
-    tiles: Tensor,
-    *,
-    flips: tuple[tuple[int, ...], ...],
-    batch: int,
-    half: bool,
-    votes: Votes | None,
-) -> list[list[Tensor]]:
-    """Per tile the logits to add up: of each network in compat mode, else their mean."""
-    ballots: list[Tensor] = []
-    listen = None if votes is None else lambda output: ballots.append(votes.ballot(output))
-    logits = [
-        _mirrored(network, tiles, flips, batch=batch, half=half, listen=listen)
-        for network in networks
-    ]
-    total = logits[0].clone() if half and len(logits) > 1 else logits[0]
-    for other in logits[1:]:
-        total = total.add_(other)
-    if len(logits) > 1:
-        total = total.div_(len(logits))
-    if votes is not None:
-        votes.count(ballots, total)
-    if half:
-        return [list(parts) for parts in zip(*logits, strict=True)]
-    return [[tile] for tile in total]
-
-
 def _constant_key(tile: Tensor) -> bytes | None:
     """The values of a tile that has only one per channel; None for any other tile."""
     flat = tile.reshape(tile.shape[0], -1)
@@ -306,105 +280,6 @@ def _constant_key(tile: Tensor) -> bytes | None:
         return None
     low, high = torch.aminmax(flat, dim=1)
     return low.cpu().numpy().tobytes() if torch.equal(low, high) else None
-
-
-class _Accumulator:
-    """Weighted sums of overlapping tiles, as deep as one tile.
-
-    Tiles come with ascending first index, so planes before the current one are final.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        patch_size: tuple[int, ...],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        importance = torch.from_numpy(importance_map(patch_size).copy())
-        # A tile of a 2D network is a slab of one plane.
-        self._slab = (1,) * (len(shape) - len(patch_size)) + patch_size
-        self._importance = importance.to(device=device, dtype=dtype).view(self._slab)
-        self._weights = torch.zeros((self._slab[0], *shape[1:]), dtype=dtype, device=device)
-        self._logits: Tensor | None = None
-
-    def add(self, origin: tuple[int, ...], tile: Tensor) -> None:
-        """Add one tile of logits (K, *patch) that begins at the first plane that is not final."""
-        if self._logits is None:
-            self._logits = self._weights.new_zeros((tile.shape[0], *self._weights.shape))
-        tile = tile.to(self._weights.device).reshape(-1, *self._slab)
-        region = (slice(None), *_region(origin, self._slab)[1:])
-        # The product is rounded only when it is added, also in compat mode, as nnU-Net does.
-        self._logits[(slice(None), *region)] += tile * self._importance
-        self._weights[region] += self._importance
-
-    @property
-    def plane_bytes(self) -> int:
-        """Memory of one plane of logits."""
-        assert self._logits is not None
-        return self._logits[:, 0].nbytes
-
-    def mean(self, first: int, last: int) -> Tensor:
-        """Return planes, counted from the first that is kept."""
-        assert self._logits is not None
-        return self._logits[:, first:last] / self._weights[first:last]
-
-    def forget(self, count: int) -> None:
-        """Let the first ``count`` planes go; what follows moves to their place."""
-        assert self._logits is not None
-        for sums, axis in ((self._logits, 1), (self._weights, 0)):
-            size = sums.shape[axis]
-            # Plane by plane, since source and target overlap.
-            for plane in range(count, size):
-                sums.select(axis, plane - count).copy_(sums.select(axis, plane))
-            sums.narrow(axis, size - count, count).zero_()
-
-
-def _mirrored(
-    network: nn.Module,
-    tiles: Tensor,
-    flips: tuple[tuple[int, ...], ...],
-    *,
-    batch: int,
-    half: bool,
-    listen: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Mean logits over flips, (T, K, *patch); several flips share a pass where ``batch`` allows.
-
-    They are summed in float32, or with ``half`` in whatever autocast gives, as nnU-Net does.
-    """
-    count = tiles.shape[0]
-    flips_per_pass = max(1, batch // count)
-    total: Tensor | None = None
-    for first in range(0, len(flips), flips_per_pass):
-        chosen = [_spatial(axes) for axes in flips[first : first + flips_per_pass]]
-        inputs = torch.cat([tiles.flip(axes) if axes else tiles for axes in chosen])
-        outputs = _highest_resolution(network(inputs))
-        parts = torch.split(outputs if half else outputs.float(), count)
-        for axes, output in zip(chosen, parts, strict=True):
-            straight = output.flip(axes) if axes else output
-            if listen is not None:
-                listen(straight)
-            total = straight if total is None else total.add_(straight)
-    assert total is not None
-    return total.div_(len(flips)) if len(flips) > 1 else total
-
-
-def _highest_resolution(output: Tensor | Sequence[Tensor]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _spatial(axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of a patch as axes of a batch of inputs (T, C, *patch)."""
-    return tuple(axis + 2 for axis in axes)
-
-
-def _region(origin: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int | slice, ...]:
-    """Index of a tile: whole numbers for the slice axis of a 2D network, slices for the rest."""
-    extra = len(origin) - len(patch_size)
-    spans = zip(origin[extra:], patch_size, strict=True)
-    return (*origin[:extra], *(slice(start, start + size) for start, size in spans))
 
 
 def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

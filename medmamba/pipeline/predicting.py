@@ -292,7 +292,7 @@ def open_work(
     )
     if not isinstance(work, CaseListing):
         return work
-    if left_out := work.describe_ignored():
+    if left_out := work.describe_ignored(output):
         logger.warning("%s", left_out)
     return split_acquisitions(work) if split else work
 

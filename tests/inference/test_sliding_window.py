@@ -74,12 +74,12 @@ def test_a_2d_network_sees_every_slice() -> None:
 
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_sums_take_no_more_memory_in_longer_images(dimension: int) -> None:
-    from medmamba.inference.sliding_window import _Accumulator
+    from medmamba.inference.accumulating import Accumulator
 
     patch = (4, 8, 8)[-dimension:]
     held = []
     for length in (8, 80):
-        sums = _Accumulator((length, 8, 8), patch, dtype=torch.float32, device=torch.device("cpu"))
+        sums = Accumulator((length, 8, 8), patch, dtype=torch.float32, device=torch.device("cpu"))
         starts = range(length) if dimension == 2 else tile_starts(length, 4, 0.5)
         for start, following in pairwise([*starts, length]):
             sums.add((start, 0, 0), torch.full((2, *patch), float(start % 2)))
