@@ -1,5 +1,7 @@
 """Time the report of many cases, and weigh it: python cli/bench/report.py [--cases 100].
 
+`--interactive` puts the viewer in.
+
 Images are noise with ellipsoids, which compresses worse than anatomy does; masks have five labels.
 The page is checked before a time is printed.
 """
@@ -57,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--interactive", action="store_true", help="with the viewer in it")
     parser.add_argument("--keep", type=Path, help="folder for the files; not removed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,13 +68,16 @@ def main() -> None:
             make_case(place, number)
         for _ in range(options.repeats):
             start, busy = time.perf_counter(), time.process_time()
-            outcome = write_report(place / "masks", images=place / "images")
+            outcome = write_report(
+                place / "masks", images=place / "images", interactive=options.interactive
+            )
             took, busy = time.perf_counter() - start, time.process_time() - busy
             text = outcome.path.read_text(encoding="utf-8")
             assert outcome.pictures == options.cases == text.count("axial view of")
             size = outcome.path.stat().st_size / 2**20
             print(
-                f"{options.cases} cases of {'x'.join(map(str, SHAPE))}: {took:.1f} s "
+                f"{options.cases} cases of {'x'.join(map(str, SHAPE))}"
+                f"{', interactive' * options.interactive}: {took:.1f} s "
                 f"({busy:.1f} s of processor time), {size:.1f} MiB; "
                 f"medmamba {__version__}, Python {platform.python_version()}"
             )

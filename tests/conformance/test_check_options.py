@@ -1,4 +1,4 @@
-"""``check`` finds the cases that ``predict`` finds, by the same options."""
+"""``check`` finds the cases that ``predict`` finds, by the same options; and row J5."""
 
 import json
 from pathlib import Path
@@ -51,6 +51,7 @@ def test_acquisitions_are_judged_one_by_one(medmamba, model, tmp_path) -> None:
         assert found == {"mixed-acq1": True, "mixed-acq2": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "bids"])
 def test_a_listing_that_is_behind_costs_double_work_only(
     medmamba, model, images, tmp_path, layout
