@@ -52,7 +52,7 @@ STARTER = """
     panel.className = "viewer"; bar.className = "bar"; stage.className = "stage";
     const viewer = new niivue.Niivue({
       isRadiologicalConvention: true, dragAndDropEnabled: false, multiplanarShowRender: 1,
-      show3Dcrosshair: true, crosshairColor: [1, 1, 1, 1], crosshairWidth: 0.3,
+      show3Dcrosshair: true, crosshairColor: [1, 1, 1, 1], crosshairWidth: 1,
       sagittalNoseLeft: true, logLevel: "error", loadingText: "",
       onLocationChange: where => {
         const label = where.values[where.values.length - 1];
@@ -87,6 +87,7 @@ STARTER = """
     viewer.setSliceType(3);
     viewer.scene.crosshairPos = viewer.mm2frac(content.middle);
     viewer.updateGLVolume();
+    viewer.createOnLocationChange();
     panel.dataset.ready = "yes";
   };
   for (const block of data) {

@@ -344,6 +344,10 @@ def test_a_browser_draws_the_viewer_or_keeps_the_pictures(predicted: Path, webgl
         assert '<p class="legend" data-needs-webgl="">' in dom  # shown, not hidden
         return
     assert 'data-ready="yes"' in dom
+    # The label at the cross is named.
+    found = re.search(r"<output>(.*?)</output>", dom)
+    assert found
+    assert found[1] in packed_volumes(page.read_text(encoding="utf-8"))[0]["names"][1:]
     assert 'data-needs-webgl="" hidden=""' in dom
     # The stage of the viewer is black around the planes, and the labels' colours are in it.
     assert black["opened"] > black["plain"] + 100_000
