@@ -177,13 +177,17 @@ def seg_to_dicom(
     model: NamesOfModel = None,
     labels: NamesOfFile = None,
     algorithm: Algorithm = None,
+    labelmap: Annotated[
+        bool,
+        typer.Option("--labelmap", help="The newer, smaller kind, which few programs read yet."),
+    ] = False,
 ) -> None:
     """Write a mask as a DICOM segmentation object (BINARY) of the series it was made from.
 
     The mask may be stored along other axes; it is turned to the series' planes, never resampled.
     Of patient and study only what the standard requires is copied.
     """
-    _write_object("seg", mask, series, output, model, labels, algorithm)
+    _write_object("labelmap" if labelmap else "seg", mask, series, output, model, labels, algorithm)
 
 
 @convert.command("seg-to-rtstruct", epilog=examples_of("convert seg-to-rtstruct"))
@@ -217,7 +221,7 @@ def _write_object(
     segments = run_seg_to_dicom(
         mask, series, output, model=model, labels=labels, algorithm=algorithm, form=form
     )
-    kind = "segments" if form == "seg" else "structures"
+    kind = "structures" if form == "rtstruct" else "segments"
     print(f"{output}: {len(segments)} {kind} ({', '.join(item.name for item in segments[:6])}"
           f"{', ...' if len(segments) > 6 else ''})")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Labels of a DICOM series as a DICOM segmentation object (BINARY): the only door to highdicom.
+"""Labels of a DICOM series as a DICOM segmentation object: the only door to highdicom.
 
 The object refers to the series' own images and lies on their planes. Of patient and study it
 carries what the standard requires of a derived object and nothing else. Identifiers follow from the
@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medmamba import __version__
-from medmamba.errors import EnvironmentFault, GeometryError
+from medmamba.errors import EnvironmentFault, GeometryError, UsageError
 from medmamba.files import replace_atomic
 from medmamba.io.dicom import ordered_planes
 from medmamba.io.dicom_headers import open_dataset, pydicom_module
@@ -30,6 +30,9 @@ SERIES_NUMBER = 900
 UNKNOWN_DATE, UNKNOWN_TIME = "19000101", "000000"
 TISSUE = ("85756007", "Tissue")
 ANATOMICAL = ("123037004", "Anatomical Structure")
+
+
+Kind = Literal["BINARY", "LABELMAP"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,12 @@ def write_segmentation(
     segments: Sequence[SegmentLabel],
     *,
     algorithm: str = MANUFACTURER,
+    kind: Kind = "BINARY",
     gate: Gate = DEFAULT_GATE,
 ) -> None:
     """Write labels (D, H, W), which lie on the grid of ``series``, atomically.
+
+    ``LABELMAP`` objects are smaller and newer in the standard: few programs know them yet.
 
     Segments without a voxel are described too, so that "looked for and not found" can be told from
     "not looked for"; where no voxel has any label there is one empty frame.
@@ -66,14 +72,17 @@ def write_segmentation(
     Raises:
         GeometryError: labels do not fit the series.
         InputError: the series cannot be trusted.
+        UsageError: segments overlap, which a label map cannot hold.
         EnvironmentFault: highdicom is not installed, or the folder cannot be written.
     """
     planes = planes_under(labels, series, gate)
     sources = sources_of([plane.entry for plane in planes])
     stored = _segment_array(labels, segments)
+    if kind == "LABELMAP" and stored.ndim > labels.ndim:
+        raise UsageError("a label map holds one label a voxel, and these overlap. Write segments.")
     if len(sources) != len(stored):
         stored = _as_frames(stored, sources[0])
-    dataset = _segmentation(sources, stored, segments, algorithm)
+    dataset = _segmentation(sources, stored, segments, algorithm, kind)
     replace_atomic(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True))
 
 
@@ -126,14 +135,17 @@ def _segmentation(
     stored: NDArray[np.unsignedinteger[Any]],
     segments: Sequence[SegmentLabel],
     algorithm: str,
+    kind: Kind,
 ) -> Any:
     highdicom = _highdicom()
-    digest = hashlib.sha256(stored.tobytes()).hexdigest()
+    # Two forms of the same labels are two objects.
+    form = b"" if kind == "BINARY" else kind.encode()
+    digest = hashlib.sha256(stored.tobytes() + form).hexdigest()
     first = sources[0]
     dataset = highdicom.seg.Segmentation(
         source_images=sources,
         pixel_array=stored,
-        segmentation_type="BINARY",
+        segmentation_type=kind,
         segment_descriptions=[
             _description(highdicom, number, segment, algorithm)
             for number, segment in enumerate(segments, 1)

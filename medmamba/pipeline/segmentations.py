@@ -1,5 +1,7 @@
 """A mask of any origin as a DICOM object of its series: voxels (SEG) or contours (RTSTRUCT)."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,12 @@ from medmamba.labels import BACKGROUND_NAME
 from medmamba.pipeline.predicting import segments_of
 from medmamba.volume import Geometry
 
-Form = Literal["seg", "rtstruct"]
+Form = Literal["seg", "labelmap", "rtstruct"]
+WRITERS: dict[Form, Callable[..., None]] = {
+    "seg": write_segmentation,
+    "labelmap": partial(write_segmentation, kind="LABELMAP"),
+    "rtstruct": write_structures,
+}
 
 
 def seg_to_dicom(
@@ -43,7 +50,8 @@ def seg_to_dicom(
         model: names, codes and colours of the labels are those of this model.
         labels: a dataset.json, or a JSON map name -> value; instead of a model.
         algorithm: what made the mask; the model's name when omitted.
-        form: ``seg`` for a segmentation, ``rtstruct`` for a structure set of contours.
+        form: ``seg`` for a segmentation (BINARY), ``labelmap`` for one of the newer kind,
+            ``rtstruct`` for a structure set of contours.
 
     Raises:
         InputError: mask or series cannot be trusted, the mask lies elsewhere, or it holds a value
@@ -65,8 +73,7 @@ def seg_to_dicom(
             "Name them, or give the model that made the mask.",
             code="E_LABEL_UNDECLARED",
         )
-    write = write_segmentation if form == "seg" else write_structures
-    write(output, values, series, segments, algorithm=algorithm or maker)
+    WRITERS[form](output, values, series, segments, algorithm=algorithm or maker)
     return segments
 
 

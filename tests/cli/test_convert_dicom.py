@@ -70,6 +70,12 @@ def test_a_mask_along_other_axes_becomes_segments_of_the_series(
         np.testing.assert_array_equal(frame, (phantom()[index] > low) & (phantom()[index] <= high))
 
 
+def test_other_forms_of_the_object_on_request(labelled, run, tmp_path: Path) -> None:
+    folder, mask, names = labelled
+    assert run(mask, folder, "-o", tmp_path / "a.dcm", "--labels", names, "--labelmap") == 0
+    assert pydicom.dcmread(tmp_path / "a.dcm").SegmentationType == "LABELMAP"
+
+
 def test_a_mask_of_something_else_is_refused(labelled, run, tmp_path: Path) -> None:
     folder, mask, names = labelled
     target = tmp_path / "a.dcm"

@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from dicom_phantom import SENTINEL, enhanced, make_series, phantom, save
 
-from medmamba.errors import GeometryError
+from medmamba.errors import GeometryError, UsageError
 from medmamba.io.dicom_seg import SegmentLabel, write_segmentation
 
 LIVER = SegmentLabel(name="liver", values=(1,), color="#e69f00", snomed="10200004")
@@ -64,6 +64,26 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_segmentation(tmp_path / name, labels_of(phantom()), folder, (LIVER,))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_label_map_holds_the_same_labels(tmp_path: Path) -> None:
+    folder = save(make_series(), tmp_path / "ct")
+    labels = labels_of(phantom())
+    segments = (LIVER, SegmentLabel(name="core", values=(2,)))
+    write_segmentation(tmp_path / "a.dcm", labels, folder, segments, kind="LABELMAP")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    assert dataset.SegmentationType == "LABELMAP"
+    found = np.zeros_like(labels)
+    for frame, group in zip(
+        dataset.pixel_array, dataset.PerFrameFunctionalGroupsSequence, strict=True
+    ):
+        height = float(group.PlanePositionSequence[0].ImagePositionPatient[2])
+        found[round((height - 10) / 3)] = frame
+    np.testing.assert_array_equal(found, labels)
+    write_segmentation(tmp_path / "b.dcm", labels, folder, segments)
+    assert pydicom.dcmread(tmp_path / "b.dcm").SOPInstanceUID != dataset.SOPInstanceUID
+    with pytest.raises(UsageError, match="overlap"):
+        write_segmentation(tmp_path / "c.dcm", labels, folder, (LIVER, BOTH), kind="LABELMAP")
 
 
 def test_an_empty_mask_is_written_and_another_grid_refused(tmp_path: Path) -> None:

@@ -307,6 +307,35 @@ def test_a_browser_runs_the_page_s_script_and_no_other(predicted: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_sorts_the_table(predicted: Path) -> None:
+    with_statistics(predicted, "case_1", volume_ml=9.5)
+    with_statistics(predicted, "case_2", volume_ml=10.25)
+    path = write_report(predicted).path
+    # A person's clicks, on a copy that lets a foreign script make them.
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text("utf-8"))
+    click = "document.querySelectorAll('#cohort th')[{}].click();"
+    orders = {}
+    for name, clicks in (("up", (3,)), ("down", (3, 3)), ("names", (0, 0))):
+        script = "".join(click.format(at) for at in clicks)
+        copy = predicted / f"{name}.html"
+        copy.write_text(text.replace("</body>", f"<script>{script}</script></body>"), "utf-8")
+        table = re.search(r"<tbody>(.*?)</tbody>", chromium(copy, "--dump-dom").decode(), re.DOTALL)
+        assert table
+        orders[name] = re.findall(r'<td><a href="#[^"]*">([^<]*)</a>', table[1])
+    volumes = {
+        record.case_id: record.labels[0].volume_ml if record.labels else float("-inf")
+        for path in predicted.glob("*.json")
+        if (record := read_record(path)) is not None
+    }
+    by_volume = sorted(volumes, key=volumes.__getitem__)
+    assert len(set(volumes.values())) == len(volumes)
+    assert orders["up"] == by_volume
+    assert orders["down"] == by_volume[::-1]
+    assert orders["names"] == sorted(volumes, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_draws_the_page_from_disk(predicted: Path) -> None:
     page = write_report(predicted, images=predicted.parent / "in").path
     picture = predicted.parent / "page.png"
