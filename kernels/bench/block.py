@@ -1,6 +1,8 @@
-"""Memory and time of one Mamba block, plain and streamed: stage 0 of LightM-UNet, width 32.
+"""Memory and time of one block of width 32, plain and streamed.
 
-    python kernels/bench/block.py [--tokens 262144 1048576] [--json results.json]
+    python kernels/bench/block.py [--block mamba ss3d] [--shape 64x64x64 ...] [--json results.json]
+
+"mamba" is the block of LightM-UNet's stage 0, "ss3d" the scan in six directions.
 
 Every figure comes from a process of its own: peak memory is what the process holds at most beyond
 what it held with inputs and weights in place. Bytes saved are those of the storages that autograd
@@ -8,7 +10,9 @@ keeps, the block's weights left out. Both forms are compared before anything is 
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import resource
 import statistics
@@ -20,47 +24,58 @@ from pathlib import Path
 import torch
 
 from medmamba.files import to_json, write_atomic
-from medmamba.kernels.mamba_block import MambaWeights, chunk_length, mamba_block
-from medmamba.networks.ssm import Mamba
+from medmamba.kernels import mamba_block
+from medmamba.networks.ssm import DirectionalScan, Mamba
 
 WIDTH = 32
+BLOCKS = {"mamba": lambda: Mamba(WIDTH), "ss3d": lambda: DirectionalScan(WIDTH, 3)}
+SHAPES = ("64x64x64", "128x128x64")
 FORMS = ("plain", "streamed")
 MODES = ("forward", "forward_backward")
 TOLERANCE = 1e-5  # largest difference of both forms over the largest value, float32
 
 
-def make(count: int) -> tuple[torch.Tensor, MambaWeights, int]:
-    """Tokens (1, count, C), weights, and the chunk of the streamed form."""
+Shape = tuple[int, ...]
+
+
+def make(block: str, shape: Shape) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The block, and tokens (1, L, C) of a map of this shape."""
     torch.manual_seed(0)
-    block = Mamba(WIDTH)
-    weights = block.weights(block)
-    tokens = torch.randn(1, count, WIDTH)
-    chunk = chunk_length(tokens, weights.A_log.shape[0])
-    return tokens, weights, chunk or 4096
+    return BLOCKS[block](), torch.randn(1, math.prod(shape), WIDTH)
 
 
-def run(tokens: torch.Tensor, weights: MambaWeights, chunk: int, mode: str) -> None:
+def form_of(name: str) -> contextlib.AbstractContextManager[None]:
+    """Blocks of this size are streamed unless somebody asks for whole ones."""
+    return mamba_block.whole_blocks() if name == "plain" else contextlib.nullcontext()
+
+
+def run(module: torch.nn.Module, tokens: torch.Tensor, shape: Shape, mode: str) -> None:
     if mode == "forward":
         with torch.no_grad():
-            mamba_block(tokens, weights, chunk=chunk)
+            module(tokens, shape)
         return
-    leaf = tokens.detach().requires_grad_()
-    mamba_block(leaf, weights, chunk=chunk).sum().backward()
+    module.zero_grad()
+    module(tokens.detach().requires_grad_(), shape).sum().backward()
 
 
-def check() -> None:
+def check(block: str) -> None:
     """Stop unless both forms give the same."""
-    tokens, weights, _ = make(9000)
+    shape = (32, 32, 32)
+    module, tokens = make(block, shape)
+    before = mamba_block.STREAM_FROM_VALUES
+    mamba_block.STREAM_FROM_VALUES = 0
     with torch.no_grad():
-        plain = mamba_block(tokens, weights, chunk=0)
-        streamed = mamba_block(tokens, weights, chunk=4096)
+        streamed = module(tokens, shape)
+        with form_of("plain"):
+            plain = module(tokens, shape)
+    mamba_block.STREAM_FROM_VALUES = before
     error = ((plain - streamed).abs().max() / plain.abs().max()).item()
     if error > TOLERANCE:
         raise SystemExit(f"the streamed block differs from the plain one by {error:.1e}")
 
 
-def saved_bytes(tokens: torch.Tensor, weights: MambaWeights, chunk: int) -> int:
-    own = {weight.untyped_storage().data_ptr() for weight in weights}
+def saved_bytes(module: torch.nn.Module, tokens: torch.Tensor, shape: Shape) -> int:
+    own = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +84,7 @@ def saved_bytes(tokens: torch.Tensor, weights: MambaWeights, chunk: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = mamba_block(tokens.requires_grad_(), weights, chunk=chunk)
+        out = module(tokens.requires_grad_(), shape)
     del out
     return sum(size for address, size in kept.items() if address not in own)
 
@@ -80,53 +95,59 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def measure(count: int, form: str, mode: str, repeats: int) -> dict[str, float]:
+def measure(block: str, shape: Shape, form: str, mode: str, repeats: int) -> dict[str, float]:
     """One figure, in a process of its own."""
     torch.set_num_threads(1)
-    tokens, weights, chunk = make(count)
-    chunk = chunk if form == "streamed" else 0
-    small = tokens[:, :2048]
-    run(small, weights, min(chunk, 1024), mode)  # what libraries allocate once
-    before = resident()
-    run(tokens, weights, chunk, mode)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    spent = []
-    for _ in range(repeats):
-        start = time.thread_time()
-        run(tokens, weights, chunk, mode)
-        spent.append(time.thread_time() - start)
-    result = {"peak_bytes": float(max(peak, 0)), "thread_s": statistics.median(spent)}
-    if mode == "forward_backward":
-        result["saved_bytes_per_token"] = saved_bytes(tokens, weights, chunk) / count
+    module, tokens = make(block, shape)
+    with form_of(form):
+        run(module, tokens[:, :4096], (16, 16, 16), mode)  # what libraries allocate once
+        before = resident()
+        run(module, tokens, shape, mode)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        spent = []
+        for _ in range(repeats):
+            start = time.thread_time()
+            run(module, tokens, shape, mode)
+            spent.append(time.thread_time() - start)
+        result = {"peak_bytes": float(max(peak, 0)), "thread_s": statistics.median(spent)}
+        if mode == "forward_backward":
+            result["saved_bytes_per_token"] = saved_bytes(module, tokens, shape) / tokens.shape[1]
     return result
 
 
-def measure_apart(count: int, form: str, mode: str, repeats: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", str(count), form, mode, str(repeats)]
+def measure_apart(*settings: object) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", *map(str, settings)]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     values: dict[str, float] = json.loads(found.stdout)
     return values
 
 
+def sizes(shape: str) -> Shape:
+    return tuple(int(size) for size in shape.split("x"))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64**3, 128 * 128 * 64])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--block", nargs="+", default=list(BLOCKS), choices=list(BLOCKS))
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--one", nargs=4, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
-        count, form, mode, repeats = arguments.one
-        print(json.dumps(measure(int(count), form, mode, int(repeats))))
+        block, shape, form, mode, repeats = arguments.one
+        print(json.dumps(measure(block, sizes(shape), form, mode, int(repeats))))
         return
-    check()
     rows = []
-    for count in arguments.tokens:
-        for mode in MODES:
-            row: dict = {"tokens": count, "mode": mode}
-            row |= {form: measure_apart(count, form, mode, arguments.repeats) for form in FORMS}
-            rows.append(row)
-            print(json.dumps(row))
+    for block in arguments.block:
+        check(block)
+        for shape in arguments.shape:
+            for mode in MODES:
+                row: dict = {"block": block, "shape": shape, "mode": mode}
+                for form in FORMS:
+                    row[form] = measure_apart(block, shape, form, mode, arguments.repeats)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     if arguments.json is not None:
         results = {
             "width": WIDTH,
