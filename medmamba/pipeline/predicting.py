@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmamba.bundle import Bundle, Manifest, load_bundle
+from medmamba.bundle import Bundle, load_bundle
 from medmamba.dataset import CaseListing, Rejection, split_acquisitions
 from medmamba.dataset.manifest import CaseStream, open_cases
 from medmamba.dataset.redaction import read_key
@@ -17,10 +17,10 @@ from medmamba.files import require_writable_folder, to_plain
 from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_signals
 from medmamba.inference.overlap import Work
 from medmamba.io import DEFAULT_GATE, Gate
-from medmamba.io.dicom_seg import SegmentLabel
-from medmamba.io.viewer_labels import ViewerLabel, write_viewer_labels
+from medmamba.io.viewer_labels import write_viewer_labels
 from medmamba.pipeline.bids_layout import BidsLayout
 from medmamba.pipeline.cluster import ENGINES, Engine
+from medmamba.pipeline.label_forms import segments_of, viewer_labels
 from medmamba.pipeline.predictors import describe_settings, make_predictor
 from medmamba.pipeline.run_report import report_run
 from medmamba.preprocessing.memory_gate import available_bytes
@@ -204,6 +204,7 @@ def predict(
             work = open_work(
                 bundle, Path(images), Path(output), root=root, share=share,
                 follow_links=follow_links, split=split, bids_suffixes=bids_suffixes,
+                hides_names=redact_ids is not None,
             )  # fmt: skip
             total = work.total
             cases, rejected = _under_their_names(work, redact_ids)
@@ -277,6 +278,7 @@ def open_work(
     follow_links: bool = False,
     split: bool = False,
     bids_suffixes: Sequence[str] = (),
+    hides_names: bool = False,
 ) -> CaseListing | CaseStream:
     """List or stream the cases that a model is asked to predict; arguments as of ``predict``."""
     work = open_cases(
@@ -293,7 +295,8 @@ def open_work(
     if not isinstance(work, CaseListing):
         return work
     if left_out := work.describe_ignored(output):
-        logger.warning("%s", left_out)
+        hidden = f"left out of the input folder: {len(work.ignored)}; `medmamba check` names them"
+        logger.warning("%s", hidden if hides_names else left_out)
     return split_acquisitions(work) if split else work
 
 
@@ -397,26 +400,6 @@ def _workers(
         yield lambda: unused.pop() if unused else WorkerProcess(command)
     finally:
         first.close()
-
-
-def viewer_labels(bundle: Bundle) -> tuple[ViewerLabel, ...]:
-    """The values of masks with names and colours; a region goes by the value it is written as."""
-    label_map = bundle.plan.label_map
-    colors = {entry.name: entry.color for entry in bundle.manifest.labels}
-    painted = dict(zip(label_map.foreground, label_map.region_order, strict=False))
-    found = (
-        ViewerLabel(value=painted.get(name, values[0]), name=name, color=colors[name])
-        for name, values in label_map.foreground.items()
-    )
-    return tuple(sorted(found, key=lambda label: label.value))
-
-
-def segments_of(manifest: Manifest) -> tuple[SegmentLabel, ...]:
-    """What a bundle's labels are called, coded and coloured in DICOM outputs."""
-    return tuple(
-        SegmentLabel(name=entry.name, values=entry.values, color=entry.color, snomed=entry.snomed)
-        for entry in manifest.labels
-    )
 
 
 def _describe(bundle: Bundle, total: int | None, turned_away: int, settings: str) -> str:

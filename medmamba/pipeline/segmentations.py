@@ -18,7 +18,7 @@ from medmamba.io import TRAINING_GATE, orientation_code, read_header, read_label
 from medmamba.io.dicom_rtstruct import write_structures
 from medmamba.io.dicom_seg import MANUFACTURER, SegmentLabel, write_segmentation
 from medmamba.labels import BACKGROUND_NAME
-from medmamba.pipeline.predicting import segments_of
+from medmamba.pipeline.label_forms import segments_of
 from medmamba.volume import Geometry
 
 Form = Literal["seg", "labelmap", "rtstruct"]

@@ -31,6 +31,7 @@ def place(tmp_path: Path) -> Path:
     (images / f"{NAME}-Smith_0000.nii.gz").write_bytes(packed(nifti(voxels(1))))
     (images / f"{NAME}-cut_0000.nii.gz").write_bytes(packed(nifti(voxels(2)))[:400])
     (images / f"{NAME} odd\nname_0000.nii.gz").write_bytes(packed(nifti(voxels(2))))
+    (images / f"{NAME}-other_0000.mha").write_bytes(b"of another format than the model's")
     damaged = save(make_series(), images / f"{NAME}-series", prefix=f"{NAME}-slice")
     path = sorted(damaged.iterdir())[2]
     path.write_bytes(path.read_bytes()[:600])
@@ -73,6 +74,7 @@ def test_no_output_says_a_name(place: Path, run, listed: bool) -> None:
     assert named[redaction.name(f"{NAME}-cut")] == "rejected"
     # The same key gives the same names: nothing is done twice, images and cases are found again.
     assert "skipped" in {item["status"] for item in json.loads(run(*words, "--json")[1])["cases"]}
+    (images / f"{NAME}-other_0000.mha").unlink()
     assert run("verify", out, "-i", source, *key)[0] == 0
     assert run("verify", out, "-i", source)[0] == 4
     code, told, _ = run("report", out, "-i", source, *key, "--json")

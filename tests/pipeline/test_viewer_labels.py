@@ -2,7 +2,7 @@ import dataclasses
 from types import SimpleNamespace
 
 from medmamba.labels import LabelMap
-from medmamba.pipeline.predicting import viewer_labels
+from medmamba.pipeline.label_forms import viewer_labels
 
 from ..test_bundle import tiny_plan
 
