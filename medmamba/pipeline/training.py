@@ -128,8 +128,10 @@ def train(
     """
     from medmamba.training.board import require_tensorboard
     from medmamba.training.precision import resolve_device
-    from medmamba.training.team import join_team
+    from medmamba.training.team import first_of_team, join_team
     from medmamba.training.trainer import TrainingSetup, train_fold
+
+    tell = on_message if first_of_team() else None
 
     on_cpu = resolve_device(device).type == "cpu"
     short = short_recipe(network, max_time, on_cpu=on_cpu) if recipe is None else None
@@ -161,7 +163,7 @@ def train(
     store = CaseStore(place.store(name, branch))
     require_no_leak(split, place.load_description(), store, fold=fold)
     previous = find_previous_stage(place, decided, name, fold, split)
-    spec, start = beginning.start(decided, name, fold, on_message)
+    spec, start = beginning.start(decided, name, fold, tell)
     setup = TrainingSetup(
         run_folder=place.run(network, name, fold),
         network=spec,
@@ -184,17 +186,17 @@ def train(
     )
     _check_run(setup.run_folder, resume=resume, overwrite=overwrite)
     with join_team(resolve_device(device)) as team:
-        if on_message is not None and team.leads:
-            _announce(setup, name, fold, team.size, on_message)
+        if tell is not None:
+            _announce(setup, name, fold, team.size, tell)
             if short is not None:
-                on_message(
+                tell(
                     f"recipe {short} instead of the plan's, which needs more steps than a CPU "
                     f"makes in {setup.length}; --recipe {network} trains by the plan's all the same"
                 )
         if previous is not None:
             if team.leads:
                 predict_previous_stage(
-                    place, decided, name, previous, device=device, on_message=on_message
+                    place, decided, name, previous, device=device, on_message=tell
                 )
             team.wait()
         result = train_fold(setup, resume=resume, on_progress=on_epoch, on_step=on_step, team=team)
@@ -202,7 +204,7 @@ def train(
         if team.leads:
             _write_model(model, decided, name, fold, setup, result, previous)
             if validate and fold != "all":
-                _validate(place, setup, model, on_message)
+                _validate(place, setup, model, tell)
         return TrainOutcome(
             run_folder=setup.run_folder,
             model=model,

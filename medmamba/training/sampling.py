@@ -98,6 +98,27 @@ class SamplingSettings:
     device: str = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Patch:
+    """A sample as it was read, rotated and scaled, and what will be done to it in its batch.
+
+    Args:
+        data, labels: (C, *P) and (L, *P); the second label map is that of a cascade.
+        generator: for what is drawn later.
+    """
+
+    case: str
+    data: Tensor
+    labels: Tensor
+    draw: IntensityDraw
+    flips: tuple[int, ...]
+    generator: np.random.Generator
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.flips) or self.draw != IntensityDraw(noise_seed=self.draw.noise_seed)
+
+
 def sample_generator(seed: int, stream: Stream, iteration: int, sample: int) -> np.random.Generator:
     """Return the generator of one sample: counter-based, independent of every other one."""
     sequence = np.random.SeedSequence((seed, int(stream), iteration, sample))
@@ -149,15 +170,22 @@ class PatchSampler:
     def batch(self, iteration: int, samples: Sequence[int] | None = None) -> Batch:
         """Make the batch of an iteration, or those ``samples`` of it that a rank owns."""
         chosen = range(self.settings.batch_size) if samples is None else samples
-        parts = [self._sample(iteration, sample) for sample in chosen]
+        patches = [self._patch(iteration, sample) for sample in chosen]
+        data, labels = self._augment(patches)
+        if self.settings.previous_values:
+            coarse = [
+                self._coarse_channels(own[1:], patch.generator)
+                for own, patch in zip(labels, patches, strict=True)
+            ]
+            data, labels = torch.cat([data, torch.stack(coarse)], 1), labels[:, :1].contiguous()
         return Batch(
-            data=torch.stack([data for _, data, _ in parts]),
-            labels=torch.stack([labels for _, _, labels in parts]),
-            cases=tuple(case for case, _, _ in parts),
+            data=data,
+            labels=labels,
+            cases=tuple(patch.case for patch in patches),
             iteration=iteration,
         )
 
-    def _sample(self, iteration: int, sample: int) -> tuple[str, Tensor, Tensor]:
+    def _patch(self, iteration: int, sample: int) -> _Patch:
         settings, preset = self.settings, self.settings.preset
         generator = sample_generator(self._seed, self._stream, iteration, sample)
         name = self.case_ids[int(generator.integers(len(self.case_ids)))]
@@ -171,11 +199,9 @@ class PatchSampler:
         flips = draw_mirror(preset, settings.mirror_axes, generator)
         maps = [case.labels] if previous is None else [case.labels, previous]
         data, labels = self._read(case.data, maps, start, index, matrix)
-        data, labels = self._augment(data, labels, draw, flips)
-        if previous is not None:
-            coarse = self._coarse_channels(labels[1:], generator)
-            data, labels = torch.cat([data, coarse]), labels[:1]
-        return name, data, labels
+        return _Patch(
+            case=name, data=data, labels=labels, draw=draw, flips=flips, generator=generator
+        )
 
     def _coarse_channels(self, labels: Tensor, generator: np.random.Generator) -> Tensor:
         values = self.settings.previous_values
@@ -213,21 +239,20 @@ class PatchSampler:
             data, labels, box=box, inner=inner, matrix=matrix, in_plane=in_plane
         )
 
-    def _augment(
-        self, data: Tensor, labels: Tensor, draw: IntensityDraw, flips: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        if draw != IntensityDraw(noise_seed=draw.noise_seed) or flips:
+    def _augment(self, patches: Sequence[_Patch]) -> tuple[Tensor, Tensor]:
+        data = torch.stack([patch.data for patch in patches])
+        labels = torch.stack([patch.labels for patch in patches])
+        if any(patch.changes for patch in patches):
             # MONAI takes seconds to import; a run without augmentation does not pay them.
             from medmamba.training.augment import augment_intensity, mirror
 
-            data = augment_intensity(data, draw, in_plane=self._rotations.in_plane)
-            data, labels = mirror(data, labels, flips)
-        outside = labels[:1] == spatial.OUTSIDE
-        if self.settings.outside_is_zero_channels:
-            data = data.clone()
-            for channel in self.settings.outside_is_zero_channels:
-                data[channel].masked_fill_(outside[0], 0)
-        return data.contiguous(), labels.clip(min=0)
+            draws = [patch.draw for patch in patches]
+            data = augment_intensity(data, draws, in_plane=self._rotations.in_plane)
+            data, labels = mirror(data, labels, [patch.flips for patch in patches])
+        outside = labels[:, 0] == spatial.OUTSIDE
+        for channel in self.settings.outside_is_zero_channels:
+            data[:, channel].masked_fill_(outside, 0)
+        return data, labels.clip(min=0)
 
 
 def rotations_for(settings: SamplingSettings) -> Rotations:

@@ -139,6 +139,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def first_of_team() -> bool:
+    """Whether this process will lead, or is alone; known before the team meets."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def local_rank() -> int:
     """Return the number of this process on its machine, and so that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -131,7 +131,8 @@ class FoldRun:
         network = build_network(setup.network).to(self.device)
         if setup.start is not None and not (resume and self.latest.exists()):
             record = setup.start.fill(network)
-            write_atomic(setup.run_folder / START_RECORD, to_json(record))
+            if team.leads:
+                write_atomic(setup.run_folder / START_RECORD, to_json(record))
         self._batch_size = batch_size_on(setup.recipe, self.device)
         self._share = team.share(self._batch_size)
         self.stepper = Stepper(

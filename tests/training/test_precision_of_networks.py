@@ -20,6 +20,11 @@ CALM_RATE = 5e-4
 """Of U-Mamba: at its recipe's own, SGD at 0.01 from random weights, two fp32 runs from weights 1e-4
 apart differ by up to 49 % after 30 steps, so that a comparison there would say nothing."""
 
+DRAWS = {"lightm_unet_s": 8}
+"""Drawn weights over which the loss is averaged; one where nothing is said. At the recipe's rate
+two fp32 runs of ``lightm_unet_s`` from weights 1e-7 apart differ by up to 9 %: it normalises
+tokens that a ReLU has set to 0 alike, and a gradient's norm jumps from 7 to 200 in two steps."""
+
 AGREEMENT = 0.05
 """Mean loss of the last steps in bf16, relative to fp32."""
 
@@ -79,8 +84,8 @@ def recipe_of(spec: NetworkSpec) -> TrainingRecipe:
     return replace(recipe, learning_rate=CALM_RATE) if spec.name in CHAOTIC else recipe
 
 
-def last_loss(spec: NetworkSpec, precision: str) -> float:
-    torch.manual_seed(0)
+def last_loss(spec: NetworkSpec, precision: str, seed: int) -> float:
+    torch.manual_seed(seed)
     recipe = recipe_of(spec)
     stepper = Stepper(
         build_network(spec), recipe, LABEL_MAP, device=torch.device("cpu"), precision=precision
@@ -102,5 +107,9 @@ def last_loss(spec: NetworkSpec, precision: str) -> float:
 def test_bf16_learns_as_fp32_does(name: str, dimension: int) -> None:
     spec = small_spec(name, dimension)
     # Losses start near 1 + ln 3 and fall towards -1, so the difference is taken of loss + 1.
-    fp32, bf16 = (last_loss(spec, precision) + 1 for precision in ("fp32", "bf16"))
+    seeds = range(DRAWS.get(name, 1))
+    fp32, bf16 = (
+        fmean(last_loss(spec, precision, seed) for seed in seeds) + 1
+        for precision in ("fp32", "bf16")
+    )
     assert abs(bf16 - fp32) < AGREEMENT * fp32

@@ -14,7 +14,7 @@ import torch
 from medmamba.errors import UsageError
 from medmamba.training.checkpoint import prediction_weights
 from medmamba.training.run_files import load_state, read_log
-from medmamba.training.team import ALONE, Team
+from medmamba.training.team import ALONE, Team, first_of_team
 
 from .conftest import build_setup
 
@@ -153,3 +153,11 @@ def test_shares_cover_the_batch_once() -> None:
     assert ALONE.share(4) is None
     with pytest.raises(UsageError, match="3 processes for a batch of 2"):
         Team(0, 3).share(2)
+
+
+@pytest.mark.parametrize(("rank", "first"), [(None, True), ("0", True), ("1", False)])
+def test_one_process_talks_before_they_meet(monkeypatch, rank, first) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert first_of_team() is first
