@@ -3,7 +3,7 @@
 Names of metrics are nnU-Net's where it has them. No files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -60,6 +60,11 @@ class CaseScores:
     reference_file: str
     prediction_file: str
     labels: dict[str, LabelScores]
+
+    @property
+    def dice(self) -> float:
+        """Mean over the labels; see ``mean_dice``."""
+        return mean_dice(scores.overlap.dice for scores in self.labels.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +175,15 @@ class Evaluation:
             volume_ml=mean["volume_pred_ml"],
             reference_volume_ml=mean["volume_ref_ml"],
         )
+
+
+def mean_dice(values: Iterable[float | None]) -> float:
+    """Return the mean Dice over the labels of a case.
+
+    A label that is in neither mask (None or NaN) does not count; where none is in any, it is 1.
+    """
+    known = [value for value in values if value is not None and value == value]
+    return fmean(known) if known else 1.0
 
 
 def label_key(values: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from medmamba.errors import UsageError
 from medmamba.evaluation.comparison import PairedComparison, Scores, compare_scores
+from medmamba.evaluation.scores import mean_dice
 from medmamba.files import RECORD_CONFIG, require_writable_folder, to_plain
 from medmamba.networks.spec import Mixer
 from medmamba.pipeline.apart import RunsApart
@@ -319,7 +320,8 @@ def _entry(
     by_run = {(fold, seed): result for fold, seed, result in runs}
     cases = [(fold, case) for fold in folds for case in by_run[fold, contestant.seeds[0]].dice]
     scores = [
-        [_mean(by_run[fold, seed].dice[case]) for fold, case in cases] for seed in contestant.seeds
+        [mean_dice(by_run[fold, seed].dice[case].values()) for fold, case in cases]
+        for seed in contestant.seeds
     ]
     return Entry(
         contestant=contestant,
@@ -327,11 +329,6 @@ def _entry(
         cases=tuple(case for _, case in cases),
         scores=np.array(scores, dtype=np.float64),
     )
-
-
-def _mean(dice: dict[str, float | None]) -> float:
-    known = [value for value in dice.values() if value is not None]
-    return sum(known) / len(known) if known else 1.0
 
 
 def outcome_to_plain(outcome: CompareOutcome) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def _validate(
     place: Work, setup: "TrainingSetup", model: Path, say: Callable[[str], None] | None
 ) -> None:
     """Score whole validation cases; a work folder without label images gets a message instead."""
-    from medmamba.pipeline.validating import case_dice, validate_cases
+    from medmamba.pipeline.validating import validate_cases
 
     tell = say or (lambda text: None)
     if not place.references.is_dir():
@@ -305,7 +305,7 @@ def _validate(
         setup.run_folder,
         device=setup.device,
         on_case=lambda scores, done, total: tell(
-            f"  {done}/{total} {scores.case_id}: Dice {case_dice(scores):.4f}"
+            f"  {done}/{total} {scores.case_id}: Dice {scores.dice:.4f}"
         ),
     )
     scores = ", ".join(

@@ -184,7 +184,7 @@ def draw_overlays(
     """
     from medmamba.evaluation.figures import overlay_figure
 
-    ranked = sorted(evaluation.cases, key=case_dice)
+    ranked = sorted(evaluation.cases, key=lambda case: case.dice)
     picks = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
     drawn = []
     for kind, case in dict(reversed(picks.items())).items():
@@ -198,14 +198,7 @@ def draw_overlays(
             bundle.plan.label_map,
             path,
             title=f"{case.case_id}: {kind} of {len(ranked)} validation cases, "
-            f"mean Dice {case_dice(case):.3f}",
+            f"mean Dice {case.dice:.3f}",
         )
         drawn.append(path)
     return tuple(drawn)
-
-
-def case_dice(case: CaseScores) -> float:
-    """Return the mean Dice over the labels of a case; NaN counts as no label, none as 1."""
-    defined = [scores.overlap.dice for scores in case.labels.values()]
-    known = [value for value in defined if value == value]
-    return sum(known) / len(known) if known else 1.0

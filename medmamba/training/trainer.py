@@ -10,19 +10,18 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from statistics import fmean
 
 import numpy as np
 import torch
 
-from medmamba.errors import CheckpointError, TrainingError
+from medmamba.errors import TrainingError
 from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
 from medmamba.networks import build_network
 from medmamba.preprocessing.store import CaseStore, PreviousStore
 from medmamba.training import board
-from medmamba.training import checkpoint as checkpoints
 from medmamba.training.draws import preset_of
 from medmamba.training.interruption import StopRequest, stop_on_signals
+from medmamba.training.keeping import RunKeeper
 from medmamba.training.loading import BatchLoader
 from medmamba.training.precision import (
     choose_precision,
@@ -41,7 +40,6 @@ from medmamba.training.progress import (
 )
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.run_files import (
-    BEST,
     CURVES,
     LATEST,
     LOG,
@@ -55,6 +53,7 @@ from medmamba.training.schedule import Clock, make_schedule
 from medmamba.training.setup import TrainingResult, TrainingSetup
 from medmamba.training.start import Freezing
 from medmamba.training.stepping import Stepper
+from medmamba.training.tally import EpochTally
 from medmamba.training.team import ALONE, Team
 from medmamba.training.validation import Validation, validate
 
@@ -125,11 +124,9 @@ class FoldRun:
         self.team = team
         self.device = resolve_device(setup.device)
         self.precision = choose_precision(self.device, setup.precision)
-        self.latest = setup.run_folder / LATEST
-        self.best = setup.run_folder / BEST
         torch.manual_seed(_model_seed(setup.seed, 0))
         network = build_network(setup.network).to(self.device)
-        if setup.start is not None and not (resume and self.latest.exists()):
+        if setup.start is not None and not (resume and (setup.run_folder / LATEST).exists()):
             record = setup.start.fill(network)
             if team.leads:
                 write_atomic(setup.run_folder / START_RECORD, to_json(record))
@@ -144,15 +141,13 @@ class FoldRun:
             batch_size=len(self._share or range(self._batch_size)),
             team=team,
         )
+        self._keeper = RunKeeper(setup, self.stepper)
         self.state = self._initial_state(resume)
         clock.before_s = self.state.elapsed_s
         self.schedule = make_schedule(setup.recipe, clock, setup.max_time_s)
         self._freezing = Freezing(network, setup.start, self.schedule.epochs)
         self.log: Log = SilentLog()
-        self.losses = list(self.state.losses)
-        self._norms: list[float] = []
-        self._skipped = 0
-        self._training_s = self._waiting_s = 0.0
+        self._tally = EpochTally(losses=list(self.state.losses))
         self._curves_at = clock.elapsed_s()
         self._store = CaseStore(setup.store_folder)
         if team.leads:
@@ -160,32 +155,14 @@ class FoldRun:
             self._record_start()
 
     def _initial_state(self, resume: bool) -> RunState:
-        setup = self.setup
-        if resume and self.team.decide(self.latest.exists()):
-            return self._restore()
+        latest = self._keeper.latest
+        if resume and self.team.decide(latest.exists()):
+            return self._keeper.restore()
         if resume:
-            logger.warning("%s does not exist yet; the run starts at its beginning", self.latest)
-        for stale in (self.latest, self.best) if self.team.leads else ():
-            stale.unlink(missing_ok=True)
-        return RunState(identity=setup.identity, length=setup.length)
-
-    def _restore(self) -> RunState:
-        found = checkpoints.load_checkpoint(self.latest)
-        state = found.state
-        checkpoints.require_identity(self.latest, state.identity, self.setup.identity)
-        if state.length != self.setup.length and not self.setup.extend:
-            raise CheckpointError(
-                f"checkpoint {self.latest}: its run was laid out for {state.length}, this one is "
-                f"for {self.setup.length}. Resume with the same length, or add --extend."
-            )
-        stepper = self.stepper
-        checkpoints.restore_network(stepper.network, found, self.latest)
-        checkpoints.restore_optimizer(stepper.optimizer, stepper.network, found)
-        if stepper.average is not None:
-            checkpoints.restore_average(stepper.average, found)
-        if state.scaler:
-            stepper.scaler.load_state_dict(dict(state.scaler))
-        return dataclasses.replace(state, length=self.setup.length)
+            logger.warning("%s does not exist yet; the run starts at its beginning", latest)
+        if self.team.leads:
+            self._keeper.remove()
+        return RunState(identity=self.setup.identity, length=self.setup.length)
 
     def _open_log(self) -> Log:
         folder = self.setup.run_folder
@@ -248,7 +225,7 @@ class FoldRun:
                     on_progress(report)
                 _, stopping = self.team.agree([], any_of=stop.signal_number is not None)
                 if stopping and not self.state.finished:
-                    raise stop.error(str(self.latest))
+                    raise stop.error(str(self._keeper.latest))
         if not self.state.finished:
             self._save(finished=True)
         self._draw_curves(force=True)
@@ -262,13 +239,13 @@ class FoldRun:
                 return
             if stopping:
                 self._save()
-                raise stop.error(str(self.latest))
+                raise stop.error(str(self._keeper.latest))
             begun = time.monotonic()
             batch = loader.next()
-            self._waiting_s += time.monotonic() - begun
+            self._tally.waiting_s += time.monotonic() - begun
             self.step(batch, rate)
             seconds = time.monotonic() - begun
-            self._training_s += seconds
+            self._tally.training_s += seconds
             self.schedule.step_took(seconds)
             self._tell_step(self.state.steps, validating=False)
 
@@ -294,10 +271,8 @@ class FoldRun:
                 "loss": outcome.loss, "lr": rate, "gradient_norm": outcome.gradient_norm,
             }
         )  # fmt: skip
-        if outcome.applied:
-            self.losses.append(outcome.loss)
-            self._norms.append(outcome.gradient_norm)
-        else:
+        self._tally.count(outcome)
+        if not outcome.applied:
             self._guard(batch, outcome.loss, bad_steps)
         self.state = dataclasses.replace(
             state, steps=state.steps + 1, iteration=state.iteration + 1, bad_steps=bad_steps
@@ -305,7 +280,6 @@ class FoldRun:
         return outcome.loss
 
     def _guard(self, batch: Batch, loss: float, bad_steps: int) -> None:
-        self._skipped += 1
         everyone = [case for cases in self.team.gather(batch.cases) for case in cases]
         cases = ", ".join(dict.fromkeys(everyone))
         scaling = self.precision == "fp16" and math.isfinite(loss)
@@ -317,8 +291,8 @@ class FoldRun:
         where = f"first bad tensor: {bad[0]}" if bad else "all weights are finite"
         raise TrainingError(
             f"loss or gradient was not finite in {bad_steps} steps in a row, the last with cases "
-            f"{cases} (loss {loss}, {where}). The last good checkpoint is {self.latest}. Check "
-            "these cases, or train with --precision fp32 or a lower learning rate.",
+            f"{cases} (loss {loss}, {where}). The last good checkpoint is {self._keeper.latest}. "
+            "Check these cases, or train with --precision fp32 or a lower learning rate.",
             code="E_TRAIN_NONFINITE",
         )
 
@@ -341,8 +315,7 @@ class FoldRun:
             best_dice=ema if is_best else best,
             validation_batches=validation.batches,
         )
-        self.losses, self._norms, self._skipped = [], [], 0
-        self._training_s = self._waiting_s = 0.0
+        self._tally = EpochTally(losses=[])
         finished = self.team.decide(self.schedule.finished(self.state.epoch))
         self._save(finished=finished, best=is_best)
         self._draw_curves()
@@ -388,38 +361,33 @@ class FoldRun:
                 validating=validating,
                 step=step,
                 steps=batches if validating else max(step, steps),
-                loss=fmean(self.losses) if self.losses else float("nan"),
-                patches_per_s=self._patches_per_s,
+                loss=self._tally.loss,
+                patches_per_s=self._tally.steps_per_s * self._batch_size,
                 memory_gb=memory_gb(self.device),
                 remaining_s=self.schedule.remaining_s(epoch, self.state.steps),
             )
         )
 
-    @property
-    def _patches_per_s(self) -> float:
-        steps = max(len(self.losses) + self._skipped, 1)
-        return steps * self._batch_size / max(self._training_s, 1e-9)
-
     def _report(self, validation: Validation, *, ema: float | None, is_best: bool) -> EpochReport:
-        state, training_s = self.state, max(self._training_s, 1e-9)
+        state, tally = self.state, self._tally
         return EpochReport(
             epoch=state.epoch,
             epochs=self.schedule.epochs,
             iteration=state.iteration,
-            loss=fmean(self.losses) if self.losses else float("nan"),
+            loss=tally.loss,
             validation_loss=validation.loss,
             dice=validation.dice,
             dice_per_class=validation.dice_per_class,
             ema_dice=float("nan") if ema is None else ema,
             is_best=is_best,
             learning_rate=float(self.stepper.optimizer.param_groups[0]["lr"]),
-            gradient_norm=fmean(self._norms) if self._norms else float("nan"),
-            skipped_steps=self._skipped,
-            seconds=training_s,
+            gradient_norm=tally.gradient_norm,
+            skipped_steps=tally.skipped,
+            seconds=tally.training_s,
             elapsed_s=self.schedule.elapsed_s(),
             remaining_s=self.schedule.remaining_s(state.epoch + 1, 0),
-            patches_per_s=self._patches_per_s,
-            loading_share=self._waiting_s / training_s,
+            patches_per_s=tally.steps_per_s * self._batch_size,
+            loading_share=tally.loading_share,
             memory_gb=memory_gb(self.device),
         )
 
@@ -427,26 +395,14 @@ class FoldRun:
         scaler = self.stepper.scaler
         self.state = dataclasses.replace(
             self.state,
-            losses=tuple(self.losses),
+            losses=tuple(self._tally.losses),
             elapsed_s=self.schedule.elapsed_s(),
             log_bytes=self.log.sync(),
             scaler=dict(scaler.state_dict()) if scaler.is_enabled() else None,
             finished=finished,
         )
-        if not self.team.leads:
-            return
-        network, average = self.stepper.network, self.stepper.average
-        if best:
-            checkpoints.save_checkpoint(
-                self.best, self.state, network=network, optimizer=None, average=average
-            )
-        checkpoints.save_checkpoint(
-            self.latest,
-            self.state,
-            network=network,
-            optimizer=self.stepper.optimizer,
-            average=average,
-        )
+        if self.team.leads:
+            self._keeper.save(self.state, best=best)
 
     def _draw_curves(self, *, force: bool = False) -> None:
         now = self.schedule.elapsed_s()
@@ -471,8 +427,8 @@ class FoldRun:
             dice=float("nan") if state.dice is None else state.dice,
             best_dice=float("nan") if state.best_dice is None else state.best_dice,
             elapsed_s=self.schedule.elapsed_s(),
-            latest=self.latest,
-            best=self.best,
+            latest=self._keeper.latest,
+            best=self._keeper.best,
             precision=self.precision,
         )
 
