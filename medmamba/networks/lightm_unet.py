@@ -119,7 +119,8 @@ class ResidualMambaBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape."""
         y: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
-        return y + x
+        # In place where nothing is recorded: a new map costs its pages.
+        return y + x if torch.is_grad_enabled() else y.add_(x)
 
 
 class UpBlock(nn.Module):
