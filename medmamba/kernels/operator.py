@@ -6,6 +6,7 @@ Registered with Library.define/impl because the dispatch cost matters where sequ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -331,14 +332,16 @@ def _short(table: Tensor) -> Tensor:
 
 def _forward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = _arguments(values)
-    return choose(arguments).forward(arguments, save_states=values[-1])
+    out, h_last, states = choose(arguments).forward(arguments, save_states=values[-1])
+    # flat, so that a program exported for any length need not ask whether there is one chunk
+    return out, h_last, states.reshape(-1)
 
 
 def _forward_fake(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = _arguments(values)
     dtype, u = arguments.compute_dtype, arguments.u
     shape_of = triton_cut.states_shape if is_on_gpu() else choose(arguments).states_shape
-    states = shape_of(arguments) if values[-1] else (0,)
+    states = math.prod(shape_of(arguments)) if values[-1] else 0
     return (
         empty_rows(u, arguments.out_dtype),
         u.new_empty((arguments.batch, arguments.channels, arguments.state), dtype=dtype),
@@ -351,7 +354,9 @@ def _backward(
 ) -> list[Tensor]:
     arguments = _arguments(values)
     needs = _needs(arguments, values[-1])
-    grads = choose(arguments).backward(arguments, states, grad_out, grad_h_last, needs)
+    backend = choose(arguments)
+    states = states.view(backend.states_shape(arguments))
+    grads = backend.backward(arguments, states, grad_out, grad_h_last, needs)
     return [
         _zeros(arguments, name) if value is None and needed else _present(value, needed, arguments)
         for name, value, needed in zip(Gradients._fields, grads, needs, strict=True)

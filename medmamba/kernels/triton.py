@@ -28,15 +28,15 @@ def refusal(arguments: ScanArguments) -> str | None:
     """Why Triton cannot run this scan here."""
     if arguments.compute_dtype is torch.float64:
         return "computes in float32, not float64"
+    device = arguments.u.device
+    if not triton.knobs.runtime.interpret:
+        if device.type != "cuda":
+            return f"needs a GPU, not {device.type}"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+            return "needs compute capability 8.0 or newer"
+    # last, since it would limit the lengths of a program exported for another device
     if arguments.length > MAX_LENGTH:
         return f"takes at most {MAX_LENGTH} tokens, not {arguments.length}"
-    device = arguments.u.device
-    if triton.knobs.runtime.interpret:
-        return None
-    if device.type != "cuda":
-        return f"needs a GPU, not {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
-        return "needs compute capability 8.0 or newer"
     return None
 
 

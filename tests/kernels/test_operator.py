@@ -160,8 +160,11 @@ def test_exports() -> None:
 
     module = Scan()
     inputs = (torch.randn(1, 6, 4), torch.randn(1, 6, 2))
-    program = torch.export.export(module, inputs)
-    torch.testing.assert_close(program.module()(*inputs), module(*inputs))
+    length = torch.export.Dim("length")
+    program = torch.export.export(module, inputs, dynamic_shapes=({1: length}, {1: length}))
+    for tokens in (6, 40):
+        inputs = (torch.randn(1, tokens, 4), torch.randn(1, tokens, 2))
+        torch.testing.assert_close(program.module()(*inputs), module(*inputs))
 
 
 def test_works_under_autocast() -> None:
