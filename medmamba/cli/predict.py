@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Overwrite = Literal["never", "stale", "always"]
 OVERWRITE: tuple[Overwrite, ...] = get_args(Overwrite)
 FailOn = Literal["any", "all", "never"]
-Probabilities = Literal["none", "float16", "uint8"]
+Probabilities = Literal["none", "float16", "uint8", "npz"]
 PROBABILITIES: tuple[Probabilities, ...] = get_args(Probabilities)
 FAIL_ON: tuple[FailOn, ...] = get_args(FailOn)
 
@@ -140,8 +140,8 @@ def predict(
         str,
         typer.Option(
             "--save-probabilities",
-            metavar="none|float16|uint8",
-            help="Also keep what labels are decided by, as OUT/CASE_prob.b2nd.",
+            metavar="none|float16|uint8|npz",
+            help="Also keep what labels are decided by: CASE_prob.b2nd, or nnU-Net's CASE.npz.",
         ),
     ] = "none",
     labels_for: Annotated[

@@ -22,7 +22,7 @@ from medmamba.failpoints import failpoint
 from medmamba.files import replace_atomic, temporary_path
 from medmamba.inference.draining import CaseAbandonedError, DrainRequest
 from medmamba.inference.job import CasePredictor, Job, Segmented
-from medmamba.inference.ledger import PROBABILITIES_SUFFIX, SEGMENTATION_SUFFIX, Ledger
+from medmamba.inference.ledger import PROBABILITIES_SUFFIXES, SEGMENTATION_SUFFIX, Ledger
 from medmamba.inference.records import (
     CaseError,
     CommitRecord,
@@ -37,6 +37,7 @@ from medmamba.io import (
     DEFAULT_GATE,
     Gate,
     SourceHeader,
+    box_turned_back,
     labels_on_file_grid,
     read_header,
     write_labels,
@@ -169,13 +170,29 @@ class CaseWork:
         if kind == "none":
             return {}
         # Loads a library that few need.
-        from medmamba.preprocessing.probability_file import ProbabilityFile
+        from medmamba.preprocessing.probability_file import ProbabilityArchive, ProbabilityFile
 
         label_map = self._predictor.label_map
         foreground = list(label_map.foreground)
+        names = foreground if label_map.has_regions else ["background", *foreground]
+        path = temporary_path(self._probabilities_path(job.case))
+        if kind == "npz":
+            header, shape = job.header, record.geometry.shape
+            assert header is not None
+            stored = tuple(shape[header.axis_order.index(axis)] for axis in range(3))
+            job.probabilities = archive = ProbabilityArchive(
+                path,
+                shape=(len(names), *stored),
+                background_first=not label_map.has_regions,
+            )
+            return {
+                "on_probabilities": lambda box, values: archive.write(
+                    *box_turned_back(box, values, shape, header)
+                )
+            }
         job.probabilities = ProbabilityFile(
-            temporary_path(self._probabilities_path(job.case)),
-            names=foreground if label_map.has_regions else ["background", *foreground],
+            path,
+            names=names,
             geometry=record.geometry,
             kind=kind,
             along=record.transpose_forward[0],
@@ -184,7 +201,9 @@ class CaseWork:
         return {"on_probabilities": job.probabilities.write}
 
     def _probabilities_path(self, case: Case) -> Path:
-        return self._ledger.folder / f"{case.id}{PROBABILITIES_SUFFIX}"
+        plain, archive = PROBABILITIES_SUFFIXES
+        kind = self._ledger.parameters.get("probabilities")
+        return self._ledger.folder / f"{case.id}{archive if kind == 'npz' else plain}"
 
     def _watch(self, case_id: str, drain: DrainRequest) -> Callable[[int, int], None]:
         start = time.monotonic()
@@ -241,6 +260,7 @@ class CaseWork:
     def _commit_probabilities(self, job: Job) -> OutputFile | None:
         if job.probabilities is None:
             return None
+        job.probabilities.finish()
         written, path = job.probabilities.path, self._probabilities_path(job.case)
         replace_atomic(path, lambda temporary: written.replace(temporary))
         job.probabilities = None

@@ -18,7 +18,7 @@ from medmamba.preprocessing.restore import OnProbabilities
 from medmamba.volume import Volume
 
 if TYPE_CHECKING:
-    from medmamba.preprocessing.probability_file import ProbabilityFile
+    from medmamba.preprocessing.probability_file import ProbabilityArchive, ProbabilityFile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,7 +112,7 @@ class Job:
     prepared: PreprocessedCase | None = None
     inferred: Inferred | None = None
     segmented: Segmented | None = None
-    probabilities: "ProbabilityFile | None" = None
+    probabilities: "ProbabilityFile | ProbabilityArchive | None" = None
     record: CommitRecord | None = None
     short_of_memory: bool = False
     device_lost: bool = False

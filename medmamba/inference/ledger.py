@@ -31,7 +31,8 @@ from medmamba.inference.records import (
 from medmamba.io import FORMATS
 
 SEGMENTATION_SUFFIX = ".seg.dcm"
-PROBABILITIES_SUFFIX = "_prob.b2nd"
+PROBABILITIES_SUFFIXES = ("_prob.b2nd", ".npz")
+"""The second as nnU-Net names them."""
 
 
 class Ledger:
@@ -106,8 +107,9 @@ class Ledger:
         self._record_path(case_id).unlink(missing_ok=True)
         if vouched:
             # Large, and of no use without the mask that it belongs to.
-            (self.folder / f"{case_id}{PROBABILITIES_SUFFIX}").unlink(missing_ok=True)
-        for suffix in (*FORMATS, SEGMENTATION_SUFFIX, PROBABILITIES_SUFFIX):
+            for suffix in PROBABILITIES_SUFFIXES:
+                (self.folder / f"{case_id}{suffix}").unlink(missing_ok=True)
+        for suffix in (*FORMATS, SEGMENTATION_SUFFIX, *PROBABILITIES_SUFFIXES):
             mask = self.folder / f"{case_id}{suffix}"
             if mask.exists() and not mask.name == vouched == keep:
                 self.run.set_aside(mask)

@@ -25,7 +25,7 @@ from medmamba.io.header import (
     ItkFields,
     SourceHeader,
 )
-from medmamba.io.orient import orientation_code, turn, turn_back, turned_geometry
+from medmamba.io.orient import box_turned_back, orientation_code, turn, turn_back, turned_geometry
 from medmamba.io.straighten import labels_on_source, straighten
 from medmamba.io.values import as_image, as_labels, judge_image, judge_modality
 from medmamba.volume import Geometry, Volume, VolumeKind
@@ -39,6 +39,7 @@ __all__ = [
     "Gate",
     "ItkFields",
     "SourceHeader",
+    "box_turned_back",
     "check_file",
     "content_hash",
     "encode_image",

@@ -79,6 +79,26 @@ def turn_back(array: NDArray[Any], header: SourceHeader) -> NDArray[Any]:
     return array[_slices(header.axis_flips)].transpose(*inverse)
 
 
+def box_turned_back(
+    box: tuple[slice, ...], array: NDArray[Any], shape: tuple[int, ...], header: SourceHeader
+) -> tuple[tuple[slice, ...], NDArray[Any]]:
+    """Bring a box (D, H, W) of a turned grid, and what is in it (K, d, h, w), to the stored axes.
+
+    Args:
+        box: where the array lies.
+        array: with one axis before those of the grid.
+        shape: of the turned grid.
+        header: of the image.
+    """
+    placed = [
+        slice(size - part.stop, size - part.start) if flip else part
+        for part, size, flip in zip(box, shape, header.axis_flips, strict=True)
+    ]
+    inverse = np.argsort(header.axis_order)
+    turned = array[(slice(None), *_slices(header.axis_flips))]
+    return tuple(placed[axis] for axis in inverse), turned.transpose(0, *(inverse + 1))
+
+
 def _slices(flips: tuple[bool, ...]) -> tuple[slice, ...]:
     return tuple(slice(None, None, -1 if flip else None) for flip in flips)
 

@@ -104,7 +104,7 @@ def predict(
     grace_s: float = DEFAULT_GRACE_S,
     supervised: bool = True,
     split: bool = False,
-    save_probabilities: Literal["none", "float16", "uint8"] = "none",
+    save_probabilities: Literal["none", "float16", "uint8", "npz"] = "none",
     labels_for: Sequence[str] = (),
     cpu_fallback: bool = False,
     report: bool = True,
@@ -144,7 +144,8 @@ def predict(
         timeout_per_case: give up a case that takes more seconds than this; needs supervision.
         grace_s: after a signal, a case that needs no longer than this is finished.
         supervised: run the model in a child process, whose death costs no more than a case.
-        save_probabilities: keep what labels are decided by, ``CASE_prob.b2nd``, in this form.
+        save_probabilities: keep what labels are decided by, in this form: ``CASE_prob.b2nd``, or
+            ``CASE.npz`` as nnU-Net does.
         cpu_fallback: compute cases on the CPU that the device has no memory for.
         labels_for: viewers, ``slicer`` or ``itksnap``, that get a file of names and colours.
         split: make every acquisition of a DICOM series that mixes several a case of its own.

@@ -1,9 +1,12 @@
-"""Probabilities on disk: a blosc2 array (K, D, H, W) written box by box, as labels are restored.
+"""Probabilities on disk: an array (K, D, H, W) written box by box, as labels are restored.
 
-Compressed planes are written one by one, so that neither the file in the making nor memory holds
-more of a case than the file in the end.
+Of a blosc2 array, compressed planes are written one by one, so that neither the file in the making
+nor memory holds more of a case than the file in the end. A NumPy archive, as nnU-Net writes it, is
+an uncompressed file until it is finished.
 """
 
+import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,9 +17,11 @@ from numpy.typing import NDArray
 
 from medmamba.volume import Geometry
 
-ProbabilityKind = Literal["none", "float16", "uint8"]
+ProbabilityKind = Literal["none", "float16", "uint8", "npz"]
 PROBABILITY_KINDS: tuple[ProbabilityKind, ...] = get_args(ProbabilityKind)
 
+
+PACKED_AT_ONCE = 1 << 20
 
 FULL_SCALE = 255
 """What a probability of 1 is in uint8."""
@@ -76,6 +81,46 @@ class ProbabilityFile:
         else:
             stored = probabilities.astype(self._kind)
         self._array[(slice(None), *box)] = stored
+
+    def finish(self) -> None:
+        """Do nothing: every box is in its place."""
+
+
+class ProbabilityArchive:
+    """Probabilities of one case as nnU-Net keeps them: float32, ``probabilities`` in an archive.
+
+    Args:
+        path: where to write; a name that nobody takes for a finished file.
+        shape: classes or regions, then voxels (D, H, W).
+        background_first: whether voxels that no box covers are background, channel 0.
+    """
+
+    def __init__(self, path: Path, *, shape: tuple[int, ...], background_first: bool) -> None:
+        self.path = path
+        self._array: np.memmap[Any, np.dtype[np.float32]] | None = np.lib.format.open_memmap(
+            path, mode="w+", dtype=np.float32, shape=shape
+        )
+        if background_first:
+            self._array[0] = 1
+
+    def write(self, box: tuple[slice, ...], probabilities: NDArray[np.float32]) -> None:
+        """Store the probabilities (K, ...) in a box of the grid."""
+        assert self._array is not None
+        self._array[(slice(None), *box)] = probabilities
+
+    def finish(self) -> None:
+        """Pack the array; the same probabilities give the same bytes."""
+        self._array = None
+        packed = self.path.with_name(f"{self.path.name}-packed")
+        try:
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                entry = zipfile.ZipInfo("probabilities.npy")
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                with self.path.open("rb") as raw, archive.open(entry, "w", force_zip64=True) as to:
+                    shutil.copyfileobj(raw, to, PACKED_AT_ONCE)
+            packed.replace(self.path)
+        finally:
+            packed.unlink(missing_ok=True)
 
 
 def _at(channel: int, index: int, along: int) -> tuple[Any, ...]:

@@ -70,6 +70,41 @@ def test_kept_probabilities_are_what_labels_follow_from(
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("orientation", ["", "PSL"])
+def test_an_archive_is_what_nnunet_would_keep(tmp_path: Path, orientation: str) -> None:
+    torch.manual_seed(0)
+    weights = build_network(tiny_plan().configurations["3d_fullres"].network).state_dict()
+    save_bundle(
+        tmp_path / "model", plan=tiny_plan(), configuration="3d_fullres", weights=[weights],
+        reference_case=False, orientation=orientation,
+    )  # fmt: skip
+    write_image(tmp_path / "in")
+    out = tmp_path / "out"
+    archives = []
+    for overwrite in ("stale", "always"):
+        run = medmamba.predict(
+            tmp_path / "in", out, tmp_path / "model", save_probabilities="npz", device="cpu",
+            supervised=False, overwrite=overwrite,
+        )  # fmt: skip
+        assert run.exit_code == 0
+        archives.append((out / "a.npz").read_bytes())
+    assert archives[0] == archives[1]
+    with np.load(out / "a.npz") as archive:
+        values = archive["probabilities"]
+    mask = np.asarray(nib.load(out / "a.nii.gz").dataobj).T
+    assert values.dtype == np.float32
+    assert values.shape == (3, *mask.shape)
+    np.testing.assert_allclose(values.sum(0), 1, atol=1e-5)
+    np.testing.assert_array_equal(values.argmax(0), mask)
+    assert len(np.unique(mask)) > 1
+    record = read_record(out / "a.json")
+    assert record is not None
+    assert record.probabilities is not None
+    assert record.probabilities.name == "a.npz"
+    assert still_holds(record, out)
+    assert not list(out.glob(".*"))
+
+
 def test_asking_for_probabilities_later_redoes_a_case_to_the_same_mask(
     tmp_path: Path, model: Path
 ) -> None:
