@@ -1,6 +1,7 @@
 """Every DICOM row through the real command, between good cases; and what of a patient comes out."""
 
 import gzip
+import importlib.util
 import json
 import shutil
 import warnings
@@ -171,8 +172,13 @@ def test_acquisitions_are_split_on_request(model, tmp_path) -> None:
 
 
 TEXT_VRS = ("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT")
+IDENTIFIES = {
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID",
+}  # fmt: skip
+"""What ties files together, and mask and images; identifiers of images, not of people."""
 REQUIRED = {
-    "PatientName", "PatientID", "StudyID", "AccessionNumber", "ReferringPhysicianName",
+    "PatientName", "PatientID", "PatientBirthDate", "StudyID", "StudyDate", "StudyTime",
+    "AccessionNumber", "ReferringPhysicianName",
 }  # fmt: skip
 """What the standard requires of an object in the same study (type 2 of patient and study)."""
 READ_BY = {
@@ -191,11 +197,28 @@ def fields() -> dict[str, str]:
     return found
 
 
+def dates_and_identifiers() -> dict[str, str]:
+    """Keyword -> a value of its own, for every date, time and identifier that no reader needs."""
+    found = {}
+    for tag, (vr, _, _, retired, keyword) in DicomDictionary.items():
+        in_image = 0x0008 <= tag >> 16 < 0x7FE0
+        if retired or not keyword or not in_image or keyword in IDENTIFIES:
+            continue
+        number = len(found)
+        day = f"{1901 + number // 336}{1 + number // 28 % 12:02d}{1 + number % 28:02d}"
+        value = {
+            "DA": day, "TM": f"010203.{number:06d}", "DT": f"{day}010203.{number:06d}",
+            "UI": f"1.2.276.99.{100000 + number}",
+        }.get(vr)  # fmt: skip
+        if value:
+            found[keyword] = value
+    return found
+
+
 def mark(dataset: Dataset, sentinels: dict[str, str]) -> None:
     """Fill every text attribute, nested and private ones too."""
     for keyword, text in sentinels.items():
         setattr(dataset, keyword, text)
-    dataset.PatientBirthDate, dataset.PatientBirthTime = "19450607", "111213"
     item = Dataset()
     item.PatientName, item.PatientComments = "ZZNESTED", "ZZNESTED"
     dataset.OtherPatientIDsSequence = Sequence([item])
@@ -211,8 +234,8 @@ def mark(dataset: Dataset, sentinels: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("kind", ["files", "frames"])
 def test_of_the_patient_only_what_is_required_comes_out(kind, model, tmp_path) -> None:
-    sentinels = fields()
-    assert len(sentinels) > 500
+    sentinels = fields() | dates_and_identifiers()
+    assert len(sentinels) > 700
     images = tmp_path / "images"
     good = make_series() if kind == "files" else [enhanced(phantom())]
     bad = make_series()
@@ -230,16 +253,22 @@ def test_of_the_patient_only_what_is_required_comes_out(kind, model, tmp_path) -
     result, records = predict(images, tmp_path / "out", model, *options)
     assert [records[name]["status"] for name in ("good", "bad")] == ["ok", "rejected"]
     written = {"screen": result.output.encode()}
+    if importlib.util.find_spec("plastimatch"):
+        place = str(tmp_path / "out" / "good")
+        arguments = ["convert", "seg-to-rtstruct", f"{place}.nii.gz", str(images / "good"), "-o",
+                     f"{place}.rtstruct.dcm", "-m", str(model)]  # fmt: skip
+        drawn = CliRunner().invoke(app, arguments)
+        assert drawn.exit_code == 0, drawn.output
+        written["screen"] += drawn.output.encode()
     for path in (item for item in (tmp_path / "out").rglob("*") if item.is_file()):
         data = path.read_bytes()
         written[path.name] = data + (gzip.decompress(data) if path.suffix == ".gz" else b"")
     allowed = {sentinels[keyword].encode() for keyword in REQUIRED}
     forbidden = [text.encode() for text in sentinels.values()]
-    forbidden += [b"ZZNESTED", b"ZZCREATOR", b"ZZPRIVATE", b"ZZPREAMBLE", b"19450607", b"111213"]
+    forbidden += [b"ZZNESTED", b"ZZCREATOR", b"ZZPRIVATE", b"ZZPREAMBLE"]
     for name, data in written.items():
-        segmentation = name.endswith(".seg.dcm")
         found = {text for text in forbidden if text in data}
-        assert found <= (allowed | {b"19450607"} if segmentation else set()), (name, found)
+        assert found <= (allowed if name.endswith(".dcm") else set()), (name, found)
     kept = pydicom.dcmread(tmp_path / "out" / "good.seg.dcm")
     assert kept.PatientName == sentinels["PatientName"]
-    assert kept.PatientBirthDate == "19450607"
+    assert kept.PatientBirthDate == sentinels["PatientBirthDate"]
