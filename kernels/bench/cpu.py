@@ -25,7 +25,7 @@ from figures import figures
 
 from medmamba.files import to_json, write_atomic
 from medmamba.kernels import native, selective_scan
-from medmamba.kernels.native_call import INSTRUCTION_SET_VARIABLE
+from medmamba.kernels.native_call import INSTRUCTION_SET_VARIABLE, instruction_set
 from medmamba.kernels.placement import processor_name
 
 STATE = 16
@@ -186,10 +186,10 @@ def measure_sets(length: int, channels: int, repeats: int) -> dict[str, dict[str
 
 
 @contextlib.contextmanager
-def forced(instruction_set: str) -> Iterator[None]:
+def forced(name: str) -> Iterator[None]:
     """Let the kernel use this instruction set for a while."""
     before = os.environ.get(INSTRUCTION_SET_VARIABLE)
-    os.environ[INSTRUCTION_SET_VARIABLE] = instruction_set
+    os.environ[INSTRUCTION_SET_VARIABLE] = name
     try:
         yield
     finally:
@@ -216,7 +216,7 @@ def main() -> None:
     shape = (arguments.lengths[0], REFERENCE_CHANNELS, arguments.repeats)
     results = {
         "machine": processor_name(),
-        "instruction_set": native.description(),
+        "instruction_set": instruction_set() or native._native.instruction_sets()[0],
         "torch": torch.__version__,
         "state": STATE,
         "load_before": idle,

@@ -18,7 +18,7 @@ FORMS = ("step_by_step", "linear_loop", "tight_loop", "parallel_scan", "mambapy"
 def render(results: dict) -> str:
     """Markdown of one file of results."""
     lines = [
-        f"Measured on {results['machine']} ({results['instruction_set']} there, "
+        f"Measured on {results['machine']} (instruction set {results['instruction_set']}, "
         f"{results['processors']} processors, load {results['load_before']:.1f} before), "
         f"torch {results['torch']}, {results['dtype']}, {results['state']} states, one thread, "
         "medians of thread CPU time, interleaved in one process; spread is the interquartile range "
