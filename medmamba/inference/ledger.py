@@ -33,6 +33,8 @@ from medmamba.io import FORMATS
 SEGMENTATION_SUFFIX = ".seg.dcm"
 PROBABILITIES_SUFFIXES = ("_prob.b2nd", ".npz")
 """The second as nnU-Net names them."""
+PROPERTIES_SUFFIX = ".pkl"
+"""Of what nnU-Net wants beside its probabilities; nothing here ever reads it."""
 
 
 class Ledger:
@@ -107,7 +109,7 @@ class Ledger:
         self._record_path(case_id).unlink(missing_ok=True)
         if vouched:
             # Large, and of no use without the mask that it belongs to.
-            for suffix in PROBABILITIES_SUFFIXES:
+            for suffix in (*PROBABILITIES_SUFFIXES, PROPERTIES_SUFFIX):
                 (self.folder / f"{case_id}{suffix}").unlink(missing_ok=True)
         for suffix in (*FORMATS, SEGMENTATION_SUFFIX, *PROBABILITIES_SUFFIXES):
             mask = self.folder / f"{case_id}{suffix}"

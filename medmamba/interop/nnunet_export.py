@@ -25,6 +25,7 @@ from medmamba.plans.nnunet_schema import save_plan
 from medmamba.plans.plan import Plan
 from medmamba.preprocessing.pipeline import UndoRecord
 from medmamba.preprocessing.store import CaseStore, StoredCase, array_shape
+from medmamba.volume import Geometry
 
 DATASET_NAME = re.compile(r"Dataset\d{3}_.+")
 
@@ -116,6 +117,24 @@ def _write_case(store: CaseStore, case_id: str, folder: Path, reader: str) -> No
     if not properties.is_file():
         content = pickle.dumps(_properties(case, reader), protocol=4)
         write_atomic(properties, content)
+
+
+def write_prediction_properties(path: Path, geometry: Geometry, reader: str) -> None:
+    """Write what nnU-Net keeps beside the probabilities of a prediction, to go on from them.
+
+    Args:
+        path: ``CASE.pkl``.
+        geometry: grid of the probabilities.
+        reader: nnU-Net's name of the class that writes masks.
+    """
+    shape = geometry.shape
+    content = {
+        **geometry_properties(geometry, reader),
+        "shape_before_cropping": shape,
+        "bbox_used_for_cropping": [[0, size] for size in shape],
+        "shape_after_cropping_and_before_resampling": shape,
+    }
+    write_atomic(path, pickle.dumps(content, protocol=4))
 
 
 def _properties(case: StoredCase, reader: str) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def predict(
         grace_s: after a signal, a case that needs no longer than this is finished.
         supervised: run the model in a child process, whose death costs no more than a case.
         save_probabilities: keep what labels are decided by, in this form: ``CASE_prob.b2nd``, or
-            ``CASE.npz`` as nnU-Net does.
+            ``CASE.npz`` as nnU-Net does, with the ``CASE.pkl`` that it wants beside it.
         cpu_fallback: compute cases on the CPU that the device has no memory for.
         labels_for: viewers, ``slicer`` or ``itksnap``, that get a file of names and colours.
         split: make every acquisition of a DICOM series that mixes several a case of its own.
@@ -215,6 +215,8 @@ def predict(
             tree.begin()
             folder = tree.records
             on_decided = _placing(tree, on_decided)
+        if save_probabilities == "npz":
+            on_decided = _with_properties(folder, bundle.plan.reader, on_decided)
         write_viewer_labels(folder, viewer_labels(bundle), labels_for)
         identity = ModelIdentity(name=bundle.manifest.name, sha256=bundle.sha256)
         reading: dict[str, Any] = {
@@ -373,6 +375,21 @@ def _placing(tree: BidsLayout, on_case: "OnCase | None") -> "OnCase":
             on_case(record, done, total, remaining_s)
 
     return place
+
+
+def _with_properties(folder: Path, reader: str, on_case: "OnCase | None") -> "OnCase":
+    """Write what nnU-Net wants to know of probabilities beside them."""
+    from medmamba.inference.ledger import PROPERTIES_SUFFIX
+    from medmamba.interop.nnunet_export import write_prediction_properties
+
+    def write(record: "CommitRecord", done: int, total: int, remaining_s: float) -> None:
+        if record.probabilities is not None and record.geometry is not None:
+            path = folder / f"{record.case_id}{PROPERTIES_SUFFIX}"
+            write_prediction_properties(path, record.geometry, reader)
+        if on_case is not None:
+            on_case(record, done, total, remaining_s)
+
+    return write
 
 
 @contextmanager

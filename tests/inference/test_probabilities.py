@@ -105,22 +105,46 @@ def test_an_archive_is_what_nnunet_would_keep(tmp_path: Path, orientation: str) 
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
+def test_nnunet_goes_on_from_an_archive(tmp_path: Path, model: Path) -> None:
+    """Its ensembling of a prediction with itself gives the mask again, on the image's grid."""
+    pytest.importorskip("nnunetv2")
+    from nnunetv2.ensembling.ensemble import merge_files
+    from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    write_image(tmp_path / "in")
+    out = tmp_path / "out"
+    medmamba.predict(
+        tmp_path / "in", out, model, save_probabilities="npz", device="cpu", supervised=False
+    )
+    reader = SimpleITKIO if "SimpleITK" in tiny_plan().reader else NibabelIO
+    labels = LabelManager({"background": 0, "front": 1, "back": 2}, None)
+    archive = str(out / "a.npz")
+    merge_files([archive, archive], str(tmp_path / "again"), ".nii.gz", reader(), labels)
+    mask, again = nib.load(out / "a.nii.gz"), nib.load(tmp_path / "again.nii.gz")
+    np.testing.assert_array_equal(np.asarray(again.dataobj), np.asarray(mask.dataobj))
+    np.testing.assert_allclose(again.affine, mask.affine, atol=1e-5)
+
+
 def test_asking_for_probabilities_later_redoes_a_case_to_the_same_mask(
     tmp_path: Path, model: Path
 ) -> None:
     write_image(tmp_path / "in")
     out = tmp_path / "out"
     masks = []
-    for kind in ("none", "uint8", "none"):
+    for kind in ("none", "npz", "uint8", "none"):
         medmamba.predict(
             tmp_path / "in", out, model, save_probabilities=kind, device="cpu", supervised=False
         )
         masks.append((out / "a.nii.gz").read_bytes())
-        assert (out / "a_prob.b2nd").exists() == (kind != "none")
+        assert (out / "a_prob.b2nd").exists() == (kind == "uint8")
+        assert [(out / f"a.{end}").exists() for end in ("npz", "pkl")] == [kind == "npz"] * 2
         assert ("probabilities" in json.loads((out / "a.json").read_text())["parameters"]) == (
             kind != "none"
         )
-    assert masks[0] == masks[1] == masks[2]
+    assert len(set(masks)) == 1
 
 
 def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
