@@ -34,6 +34,7 @@ class NetworkDefinition:
             the one this network builds.
         divisor: required multiple of the patch size per axis.
         fewest_stages: resolutions it needs at least.
+        has_twins: whether it has Mamba layers that a twin does without.
     """
 
     build: Callable[[NetworkSpec], "nn.Module"]
@@ -43,6 +44,7 @@ class NetworkDefinition:
     arrange: Callable[[NetworkSpec], NetworkSpec] = keep
     divisor: Callable[[NetworkSpec], tuple[int, ...]] = total_stride
     fewest_stages: int = 2
+    has_twins: bool = True
 
 
 def read_options(spec: NetworkSpec, defaults: Mapping[str, OptionValue]) -> dict[str, OptionValue]:

@@ -223,6 +223,7 @@ PLAIN_UNET = NetworkDefinition(
     arrange=arrange_plain,
     source="Isensee et al. 2021, nnU-Net (PlainConvUNet)",
     summary="nnU-Net's planned U-Net, the baseline of the field",
+    has_twins=False,
 )
 
 RESENC_UNET = NetworkDefinition(
@@ -231,4 +232,5 @@ RESENC_UNET = NetworkDefinition(
     arrange=arrange_residual,
     source="Isensee et al. 2024, nnU-Net Revisited (ResidualEncoderUNet)",
     summary="nnU-Net's U-Net with a residual encoder",
+    has_twins=False,
 )

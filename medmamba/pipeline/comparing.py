@@ -115,7 +115,7 @@ def compare(
             as ``3/4/5``). The first is what the others are compared with. One alone is compared
             with itself, and one that occurs twice gets other seeds the second time.
         output: folder of the report and of the runs.
-        twins: add the identity and the dwconv twin of each network.
+        twins: add the identity and the dwconv twin of each network that has Mamba layers.
         seeds: of weights, patches and augmentation; three at least for a claim.
         folds: whose validation cases are scored.
         configuration: of the plans; the preferred one when None.
@@ -239,15 +239,10 @@ def _contestants(
         raise UsageError("compare: at least one network and one seed are needed, no seed twice.")
     parsed = [parse_contestant(text) for text in networks]
     if twins:
-        parsed = [
-            made
-            for one in parsed
-            for made in (
-                one,
-                replace(one, name=f"{one.name}:identity", mixer="identity"),
-                replace(one, name=f"{one.name}:dwconv", mixer="dwconv"),
-            )
-        ]
+        parsed = _with_twins(parsed)
+    for one in parsed:
+        if one.mixer != "mamba" and not _has_twins(one.network):
+            raise UsageError(f"compare: {one.network} has no Mamba layers, and so no twin.")
     if len(parsed) == 1:
         return _against_itself(parsed[0], seeds)
     found: list[Contestant] = []
@@ -262,6 +257,28 @@ def _contestants(
     if len({one.name for one in found}) != len(found):
         raise UsageError("compare: two networks have one name; give them name=... of their own.")
     return tuple(found)
+
+
+def _with_twins(parsed: Sequence[Contestant]) -> list[Contestant]:
+    if not any(_has_twins(one.network) for one in parsed):
+        names = ", ".join(one.name for one in parsed)
+        raise UsageError(f"compare --twins: no Mamba layers in {names}, and so no twins.")
+    found = []
+    for one in parsed:
+        found.append(one)
+        if _has_twins(one.network):
+            found += [
+                replace(one, name=f"{one.name}:{mixer}", mixer=mixer)
+                for mixer in MIXERS
+                if mixer != "mamba"
+            ]
+    return found
+
+
+def _has_twins(network: str) -> bool:
+    from medmamba.networks.registry import find_network
+
+    return find_network(network).has_twins
 
 
 def _against_itself(one: Contestant, seeds: tuple[int, ...]) -> tuple[Contestant, ...]:

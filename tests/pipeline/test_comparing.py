@@ -130,5 +130,9 @@ def test_options_that_cannot_be_compared(work, tmp_path) -> None:
         compare(work, [NETWORK], tmp_path, seeds=(0,))
     with pytest.raises(UsageError, match="exclude"):
         compare(work, [NETWORK], tmp_path, epochs=1, max_time=3)
+    for options in ({"twins": True}, {}):
+        names = ["plain_unet"] if options else ["plain_unet", "plain_unet:identity"]
+        with pytest.raises(UsageError, match="no Mamba layers"):
+            compare(work, names, tmp_path, **options)
     with pytest.raises(UsageError, match="surprise"):
         compare(work, [f"{NETWORK},surprise=1"], tmp_path, epochs=1, iterations=1, isolate=False)
