@@ -6,7 +6,7 @@ takes twice as long for few channels, and sums squares in a way that costs it tw
 Shapes: B batch, L voxels, C channels, G groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -42,21 +42,22 @@ class GroupNormReLU(nn.Module):
         y = functional.group_norm(x.movedim(-1, 1), self.groups, self.weight, self.bias, EPS)
         return functional.relu(y).movedim(1, -1)
 
+    def by_token(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Measure a map, and return what then norms any of its tokens (B, n, C); no gradient."""
+        mean, scale = _moments(x.flatten(1, -2), self.groups)
+        slope = scale * self.weight
+        shift = self.bias - mean * slope
+        return lambda part: (
+            torch.addcmul(shift, part.to(shift.dtype), slope).clamp_min_(0).to(part.dtype)
+        )
+
 
 class _GroupNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
         tokens = x.flatten(1, -2)
-        mean = _group_mean(tokens.mean(1, keepdim=True, dtype=dtype), groups)
-        squares = torch.zeros_like(mean)
-        for sample, voxels in _chunks(tokens):
-            wide, (means,) = _widened(tokens[sample, voxels], mean[sample])
-            offset = wide - means
-            squares[sample] += offset.mul_(offset).view(-1, tokens.shape[2]).sum(0)
-        variance = _group_mean(squares / tokens.shape[1], groups)
-        scale = (variance + EPS).rsqrt()
-        slope = scale * weight
+        mean, scale = _moments(tokens, groups)
+        dtype, slope = mean.dtype, scale * weight
         shift = bias - mean * slope
         out = torch.empty_like(tokens)
         for sample, voxels in _chunks(tokens):
@@ -102,6 +103,19 @@ class _GroupNormReLU(torch.autograd.Function):
             grad_x[sample, voxels] = y.view(values.shape)
         weight_grad = moment.sum((0, 1)).to(weight.dtype)
         return grad_x.view(x.shape), weight_grad, total.sum((0, 1)).to(weight.dtype), None
+
+
+def _moments(tokens: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of each channel's group, (B, 1, C)."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    mean = _group_mean(tokens.mean(1, keepdim=True, dtype=dtype), groups)
+    squares = torch.zeros_like(mean)
+    for sample, voxels in _chunks(tokens):
+        wide, (means,) = _widened(tokens[sample, voxels], mean[sample])
+        offset = wide - means
+        squares[sample] += offset.mul_(offset).view(-1, tokens.shape[2]).sum(0)
+    variance = _group_mean(squares / tokens.shape[1], groups)
+    return mean, (variance + EPS).rsqrt()
 
 
 def _widened(part: Tensor, *rows: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -91,12 +91,18 @@ class MambaLayer(nn.Module):
         self.mamba = mixer
         self.proj = nn.Linear(in_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, *spatial, out_channels)."""
+    def forward(self, x: Tensor, entry: GroupNormReLU | None = None) -> Tensor:
+        """Return (B, *spatial, out_channels), of ``entry(x)`` where there is one."""
         tokens, shape = x.flatten(1, -2), x.shape[1:-1]
-        if isinstance(self.mamba, Mamba):
-            y = self.mamba.around(tokens, shape, self.norm, self._finish)
+        if isinstance(self.mamba, Mamba) and self.mamba.layer_chunk(tokens):
+            enter = entry.by_token(x) if entry is not None else nn.Identity()
+            y = self.mamba.around(
+                tokens,
+                lambda part: self.norm(enter(part)),
+                lambda mixed, part: self._finish(mixed, enter(part)),
+            )
         else:
+            tokens = tokens if entry is None else entry(x).flatten(1, -2)
             y = self._finish(self.mamba(self.norm(tokens), shape), tokens)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -118,7 +124,7 @@ class ResidualMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape."""
-        y: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        y: Tensor = self.conv2(self.conv1(x, self.norm1), self.norm2)
         # In place where nothing is recorded: a new map costs its pages.
         return y + x if torch.is_grad_enabled() else y.add_(x)
 

@@ -125,27 +125,25 @@ class Mamba(ScanBranch):
         assert total is not None
         return total / len(ways) if self.averages else total
 
+    def layer_chunk(self, tokens: Tensor) -> int:
+        """Return the tokens of a chunk of ``around``; 0 where the layer is evaluated as a whole."""
+        return layer_chunk(tokens, self.weights(self)) if self.order == "raster" else 0
+
     def around(
         self,
         tokens: Tensor,
-        shape: Sequence[int],
         before: Callable[[Tensor], Tensor],
         after: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Return ``after(block(before(tokens)), tokens)``, in inference as fast as a CPU can.
+        """Return ``after(block(before(tokens)), tokens)``, in chunks of ``layer_chunk``.
 
         Args:
             tokens: (B, L, C), of the layer that holds this block.
-            shape: of the map.
             before: token by token, makes the block's input.
             after: token by token, makes the layer's output.
         """
-        if self.order == "raster":
-            weights = self.weights(self)
-            length = layer_chunk(tokens, weights)
-            if length:
-                return mamba_layer(tokens, weights, before=before, after=after, length=length)
-        return after(self(before(tokens), shape), tokens)
+        length = self.layer_chunk(tokens)
+        return mamba_layer(tokens, self.weights(self), before=before, after=after, length=length)
 
     def weights(self, branch: ScanBranch) -> MambaWeights:
         """Return the tensors with which ``branch`` evaluates one Mamba block."""

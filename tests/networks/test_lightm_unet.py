@@ -9,6 +9,7 @@ from torch import nn
 from medmamba.errors import PlanError
 from medmamba.kernels import mamba_block
 from medmamba.networks import NETWORKS, build_network
+from medmamba.networks.group_norm import GroupNormReLU
 from medmamba.networks.lightm_unet import Conv, LightMUNet, MambaLayer
 from medmamba.networks.mixer import IdentityMixer
 from medmamba.networks.spec import NetworkSpec
@@ -130,11 +131,12 @@ def test_inference_in_chunks_gives_what_training_computes(
     layer = MambaLayer(8, 16, mixer).double()
     # 693 tokens: chunks of 256 and a rest that is none
     x = torch.randn(batch, 7, 9, 11, 8, dtype=torch.float64)
-    expected = layer(x).detach()
+    entry = GroupNormReLU(8, 8).double()
+    expected = layer(x, entry).detach()
     with torch.no_grad():
         assert mamba_block.layer_chunk(x.flatten(1, -2), mixer.weights(mixer)) == 256
-        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer(x, entry), expected, rtol=0, atol=1e-12)
         with torch.autocast("cpu", torch.bfloat16):
-            reduced = layer.float()(x.float())
+            reduced = layer.float()(x.float(), entry.float())
     assert reduced.dtype is torch.bfloat16
     assert float((reduced - expected).abs().max()) < 0.05 * float(expected.abs().max())
