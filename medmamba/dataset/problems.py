@@ -24,7 +24,6 @@ SUGGESTIONS: dict[str, str] = {
     "E_SPLIT_CASES": "Correct splits_final.json, or delete it to get default folds.",
     "E_SPLIT_LEAK": "Keep a subject, and copies of an image, on one side of the fold.",
     "E_VAL_CONSTANT": "Export the image again, or remove the case.",
-    "E_VAL_FRACTIONS": "Resample the labels with nearest neighbours.",
     "E_VAL_NONFINITE": "Replace NaN and Inf by the background value, or remove the case.",
     "W_CLASS_ABSENT": "Check the label values, or remove the class from dataset.json.",
     "W_DUPLICATE": "Remove copies: a case both trained on and validated on flatters the scores.",

@@ -8,6 +8,7 @@ from fakes import MODEL, ThresholdPredictor, image
 from typer.testing import CliRunner
 
 from medmamba.cli.app import app
+from medmamba.inference.assignment import Assignment
 from medmamba.inference.engine import predict_cases
 from medmamba.inference.run_audit import verify_runs
 
@@ -15,7 +16,7 @@ from medmamba.inference.run_audit import verify_runs
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     cases = [image(tmp_path / "in", name, mark=i, seed=i) for i, name in enumerate("ab")]
-    predict_cases(cases, tmp_path / "out", ThresholdPredictor(), model=MODEL)
+    predict_cases(Assignment(cases=cases), tmp_path / "out", ThresholdPredictor(), model=MODEL)
     return tmp_path / "out"
 
 
