@@ -27,6 +27,7 @@ from medmamba.files import to_json, write_atomic
 from medmamba.kernels import native, selective_scan
 from medmamba.kernels.native_call import INSTRUCTION_SET_VARIABLE, instruction_set
 from medmamba.kernels.placement import processor_name
+from medmamba.training.precision import keep_freed_memory
 
 STATE = 16
 SAMPLE_S = 0.02
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=2.0, help="per PyTorch form and shape")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    keep_freed_memory()  # for every form alike, as training and prediction do
     idle = os.getloadavg()[0]
     rows = []
     for channels in arguments.channels:
