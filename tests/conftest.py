@@ -35,6 +35,22 @@ def fixtures_folder(config: pytest.Config) -> Path:
     return beside if beside.is_dir() else ROOT / "tests" / "golden"
 
 
+@pytest.fixture
+def medmamba(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the program in this process: (exit code, standard output, standard error)."""
+    from medmamba.cli.app import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medmamba", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        caught = capsys.readouterr()
+        return int(end.value.code or 0), caught.out, caught.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def fixtures_dir(request: pytest.FixtureRequest) -> Path:
     """Root of the golden fixtures."""

@@ -107,29 +107,29 @@ int64_t states_bytes(const Problem& p) { return p.batch * p.tiles() * p.blocks()
 
 bool is_empty(const Problem& p) { return p.batch == 0 || p.channels == 0; }
 
+// So many blocks at once, and what each of them then takes.
+struct Choice {
+  int64_t blocks, cost = 1;
+};
+
+constexpr Choice kForwardChoices[] = {{kMaxBlocks}, {2}, {1}};
+// An item sums dB and dC over its blocks while they are in the first cache. One block by itself takes about five times
+// as long (measured on Sapphire Rapids): its sums go through memory.
+constexpr Choice kBackwardChoices[] = {{kMaxBlocks}, {1, 5}};
+
 // Blocks per item: as balanced as can be, then as large as can be. Does not change the result.
-int64_t blocks_per_item(const Problem& p, int threads, std::initializer_list<int64_t> choices) {
+template <size_t N>
+int64_t blocks_per_item(const Problem& p, int threads, const Choice (&choices)[N]) {
   int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t most : choices) {
-    const int64_t items = p.batch * p.groups * ((p.blocks_per_group() + most - 1) / most);
-    const int64_t cost = (items + threads - 1) / threads * std::min(most, p.blocks_per_group());
-    if (cost < best_cost) {
-      best = most;
-      best_cost = cost;
+  for (const Choice& choice : choices) {
+    const int64_t items = p.batch * p.groups * ((p.blocks_per_group() + choice.blocks - 1) / choice.blocks);
+    const int64_t in_a_row = (items + threads - 1) / threads * std::min(choice.blocks, p.blocks_per_group());
+    if (in_a_row * choice.cost < best_cost) {
+      best = choice.blocks;
+      best_cost = in_a_row * choice.cost;
     }
   }
   return best;
-}
-
-// The same for the backward, which sums dB and dC over the blocks of an item while they are in the first cache. One
-// block by itself takes about five times as long a block (measured on Sapphire Rapids): its sums go through memory.
-int64_t blocks_per_backward_item(const Problem& p, int threads) {
-  constexpr int64_t kSingleCost = 5;
-  const auto cost = [&](int64_t most, int64_t each) {
-    const int64_t items = p.batch * p.groups * ((p.blocks_per_group() + most - 1) / most);
-    return (items + threads - 1) / threads * std::min(most, p.blocks_per_group()) * each;
-  };
-  return cost(kMaxBlocks, 1) <= cost(1, kSingleCost) ? kMaxBlocks : 1;
 }
 
 // What the backward of one item owns besides the scratch of its thread.
@@ -257,7 +257,7 @@ void run_forward(const Problem& p, int threads, const std::string& instruction_s
     if (can_halve(p, all_blocks(p), lease.threads())) {
       items = halves_of(items_of(p, 1), exchanges);
     } else {
-      items = items_of(p, blocks_per_item(p, lease.threads(), {kMaxBlocks, 2, 1}));
+      items = items_of(p, blocks_per_item(p, lease.threads(), kForwardChoices));
     }
     std::atomic<size_t> next{0};
     Aligned memory(scratch * lease.threads());
@@ -278,7 +278,7 @@ namespace {
 class Backward {
  public:
   Backward(const Problem& p, const Kernels& kernels, int threads)
-      : p_(p), kernels_(kernels), threads_(threads), items_(items_of(p, blocks_per_backward_item(p, threads))) {
+      : p_(p), kernels_(kernels), threads_(threads), items_(items_of(p, blocks_per_item(p, threads, kBackwardChoices))) {
     if (can_halve(p, all_blocks(p), threads)) items_ = halves_of(items_of(p, 1), exchanges_);
     for (const Item& item : items_) memory_.emplace_back(p, kernels, item);
     for (size_t i = 0; i < items_.size(); ++i) {

@@ -25,11 +25,12 @@ from medmamba.cli.options import format_duration
 
 PLAIN_LINE_EVERY_S = 5.0
 
-FILE_COLUMNS = int(os.environ.get("COLUMNS", 120))
+FILE_COLUMNS = 120
 """Of tables in files and pipes, which have no width of their own."""
 
 talk = Console(stderr=True, highlight=False)
-data = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_COLUMNS  # None: rich asks
+data = Console(highlight=False, width=_width)
 
 
 class Bars:

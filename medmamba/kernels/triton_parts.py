@@ -59,13 +59,19 @@ def sigmoid(x):
 
 
 @triton.jit
-def load(pointer, mask, EVEN: tl.constexpr):
-    """Read a row of channels as float32; channels beyond the group read zero."""
+def fetch(pointer, mask, EVEN: tl.constexpr):
+    """Read a row of channels in the type of memory, ahead of its use."""
     if EVEN:
         value = tl.load(pointer)
     else:
         value = tl.load(pointer, mask=mask, other=0.0)
-    return value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def load(pointer, mask, EVEN: tl.constexpr):
+    """Read a row of channels as float32; channels beyond the group read zero."""
+    return fetch(pointer, mask, EVEN).to(tl.float32)
 
 
 @triton.jit
@@ -75,16 +81,6 @@ def store(pointer, value, mask, EVEN: tl.constexpr):
         tl.store(pointer, value.to(pointer.dtype.element_ty))
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def fetch(pointer, mask, EVEN: tl.constexpr):
-    """Read a row of channels in the type of memory, ahead of its use."""
-    if EVEN:
-        value = tl.load(pointer)
-    else:
-        value = tl.load(pointer, mask=mask, other=0.0)
-    return value
 
 
 @triton.jit

@@ -1,5 +1,4 @@
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from dicom_phantom import make_series, phantom, save
 from typer.testing import CliRunner
 
-from medmamba.cli.app import app, main
+from medmamba.cli.app import app
 
 
 def test_a_series_becomes_one_image_on_its_grid(tmp_path: Path) -> None:
@@ -25,17 +24,9 @@ def test_a_series_becomes_one_image_on_its_grid(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch) -> Callable[..., int]:
+def run(medmamba) -> Callable[..., int]:
     """Run the command as the program does and return its exit code."""
-
-    def call(*arguments: object) -> int:
-        words = ["medmamba", "convert", "seg-to-dicom", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0)
-
-    return call
+    return lambda *arguments: medmamba("convert", "seg-to-dicom", *arguments)[0]
 
 
 @pytest.fixture

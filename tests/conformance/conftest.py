@@ -1,15 +1,12 @@
-"""A tiny model, two images and the program, for every test of the conformance suite."""
+"""A tiny model and two images, for every test of the conformance suite."""
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from medmamba.bundle import save_bundle
-from medmamba.cli.app import main
 
 from ..test_bundle import CONFIGURATION, tiny_plan, weights
 from .phantom import nifti, packed, voxels
@@ -38,21 +35,6 @@ def images(tmp_path) -> Path:
     for seed in range(2):
         (folder / f"case{seed}_0000.nii.gz").write_bytes(packed(nifti(voxels(seed))))
     return folder
-
-
-@pytest.fixture
-def medmamba(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run the program in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medmamba", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        caught = capsys.readouterr()
-        return int(end.value.code or 0), caught.out, caught.err
-
-    return run
 
 
 def predict(medmamba, images: Path, output: Path, model: Path, *options: str) -> tuple[int, dict]:

@@ -2,14 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from dicom_phantom import make_series, save
 
 from medmamba.bundle import save_bundle
-from medmamba.cli.app import main
 from medmamba.dataset import Case
 from medmamba.dataset.redaction import read_key, without_names
 from medmamba.errors import UsageError
@@ -39,20 +37,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medmamba", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return call
-
-
 @pytest.mark.parametrize("listed", [False, True])
-def test_no_output_says_a_name(place: Path, run, listed: bool) -> None:
+def test_no_output_says_a_name(place: Path, medmamba, listed: bool) -> None:
     images, out, key = place / f"{NAME}-ward", place / "out", ("--redact-ids", place / "key")
     source = images
     if listed:
@@ -60,7 +46,7 @@ def test_no_output_says_a_name(place: Path, run, listed: bool) -> None:
         rows = [f"{NAME}-{name},{NAME}-{name}_0000.nii.gz" for name in ("Smith", "cut", "gone")]
         source.write_text("\n".join(["case_id,channel_0", *rows]) + "\n")
     words = ("predict", "-i", source, "-o", out, "-m", place / "model", "--in-process", *key)
-    code, printed, talk = run(*words, "--json", "--report")
+    code, printed, talk = medmamba(*words, "--json", "--report")
     assert code == 4
     cases = json.loads(printed)["cases"]
     assert len(cases) == (3 if listed else 4)
@@ -73,11 +59,13 @@ def test_no_output_says_a_name(place: Path, run, listed: bool) -> None:
     assert named[redaction.name(f"{NAME}-Smith")] == "ok"
     assert named[redaction.name(f"{NAME}-cut")] == "rejected"
     # The same key gives the same names: nothing is done twice, images and cases are found again.
-    assert "skipped" in {item["status"] for item in json.loads(run(*words, "--json")[1])["cases"]}
+    assert "skipped" in {
+        item["status"] for item in json.loads(medmamba(*words, "--json")[1])["cases"]
+    }
     (images / f"{NAME}-other_0000.mha").unlink()
-    assert run("verify", out, "-i", source, *key)[0] == 0
-    assert run("verify", out, "-i", source)[0] == 4
-    code, told, _ = run("report", out, "-i", source, *key, "--json")
+    assert medmamba("verify", out, "-i", source, *key)[0] == 0
+    assert medmamba("verify", out, "-i", source)[0] == 4
+    code, told, _ = medmamba("report", out, "-i", source, *key, "--json")
     assert json.loads(told)["pictures"] == 1
     assert NAME not in (out / "report.html").read_text()
 

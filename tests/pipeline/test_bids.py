@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from medmamba.bundle import save_bundle
-from medmamba.cli.app import main
 
 from ..conformance.phantom import nifti, packed, voxels
 from ..test_bundle import CONFIGURATION, tiny_plan, weights
@@ -53,25 +51,13 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medmamba", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return call
-
-
-def test_a_bids_folder_becomes_a_bids_derivative(dataset, model, run, tmp_path) -> None:
+def test_a_bids_folder_becomes_a_bids_derivative(dataset, model, medmamba, tmp_path) -> None:
     out = dataset / "derivatives" / "medmamba"
     words = ["predict", "-i", dataset, "-o", out, "-m", model, "--layout", "bids", "--in-process"]
-    code, _, error = run(*words)
+    code, _, error = medmamba(*words)
     assert code == 2
     assert "T1w, T2w" in error
-    code, _, error = run(*words, "--bids-suffix", "T1w", "--json")
+    code, _, error = medmamba(*words, "--bids-suffix", "T1w", "--json")
     assert code == 0, error
     masks = {str(path.relative_to(out)) for path in out.glob("sub-*/**/*.nii.gz")}
     assert masks == {
@@ -92,62 +78,62 @@ def test_a_bids_folder_becomes_a_bids_derivative(dataset, model, run, tmp_path) 
     assert table[0].split("\t") == ["index", "name", "color"]
     assert [line.split("\t")[:2] for line in table[1:]] == [["1", "front"], ["2", "back"]]
     assert len(list((out / "medmamba" / "run").glob("*/report.html"))) == 1
-    assert run("verify", out)[0] == 0
-    assert run("report", out)[0] == 0
-    code, status, _ = run("status", out, "--json")
+    assert medmamba("verify", out)[0] == 0
+    assert medmamba("report", out)[0] == 0
+    code, status, _ = medmamba("status", out, "--json")
     assert (code, json.loads(status)["done"]) == (0, 3)
 
 
-def test_shares_of_a_bids_folder_are_accounted_for(dataset, model, run, tmp_path) -> None:
+def test_shares_of_a_bids_folder_are_accounted_for(dataset, model, medmamba, tmp_path) -> None:
     out = tmp_path / "out"
     words = ["predict", "-i", dataset, "-o", out, "-m", model, "--layout", "bids", "--in-process",
              "--bids-suffix", "T1w", "--no-report", "--shard"]  # fmt: skip
     account = ["verify", out, "--expect-shards", "2", "-i", dataset, "--bids-suffix", "T1w"]
-    assert run(*words, "0/2")[0] == 0
-    code, told, _ = run(*account, "--json")
+    assert medmamba(*words, "0/2")[0] == 0
+    code, told, _ = medmamba(*account, "--json")
     told = json.loads(told)
     assert code == 4
     assert [item["index"] for item in told["shards_unfinished"]] == [1]
     assert len(told["cases_missing"]) == 3 - len(list((out / "medmamba").glob("sub-*.json")))
-    assert run(*words, "1/2")[0] == 0
-    assert run(*account)[0] == 0
+    assert medmamba(*words, "1/2")[0] == 0
+    assert medmamba(*account)[0] == 0
 
 
-def test_what_is_rejected_later_is_taken_away(dataset, model, run, tmp_path) -> None:
+def test_what_is_rejected_later_is_taken_away(dataset, model, medmamba, tmp_path) -> None:
     out = tmp_path / "out"
     words = ["predict", "-i", dataset, "-o", out, "-m", model, "--layout", "bids", "--in-process",
              "--bids-suffix", "T2w", "--no-report"]  # fmt: skip
-    assert run(*words)[0] == 0
+    assert medmamba(*words)[0] == 0
     shown = out / "sub-01" / "anat" / f"sub-01_{MASK}.nii.gz"
     assert shown.is_file()
     # As if the tree had been lost: finished cases are shown again, not segmented again.
     shutil.rmtree(out / "sub-01")
-    assert run(*words)[0] == 0
+    assert medmamba(*words)[0] == 0
     assert shown.is_file()
     (dataset / "sub-01" / "anat" / "sub-01_T2w.nii.gz").write_bytes(b"")
-    assert run(*words)[0] == 5
+    assert medmamba(*words)[0] == 5
     assert not list((out / "sub-01" / "anat").iterdir())
 
 
-def test_other_folders_can_be_laid_out_too(model, run, tmp_path) -> None:
+def test_other_folders_can_be_laid_out_too(model, medmamba, tmp_path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number, name in enumerate(("case_1", "case1")):
         (images / f"{name}_0000.nii.gz").write_bytes(packed(nifti(voxels(number))))
     out = tmp_path / "out"
-    assert run("predict", "-i", images, "-o", out, "-m", model, "--layout", "bids",
+    assert medmamba("predict", "-i", images, "-o", out, "-m", model, "--layout", "bids",
                "--in-process", "--no-report")[0] == 0  # fmt: skip
     subjects = sorted(path.name for path in out.glob("sub-*"))
     assert len(subjects) == 2
     assert "sub-case1" in subjects
-    assert run("predict", "-i", images, "-o", out, "-m", model, "--layout", "tree")[0] == 2
+    assert medmamba("predict", "-i", images, "-o", out, "-m", model, "--layout", "tree")[0] == 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(VALIDATOR is None, reason="no BIDS validator (pip install bids-validator-deno)")
-def test_a_validator_finds_no_error(dataset, model, run, tmp_path) -> None:
+def test_a_validator_finds_no_error(dataset, model, medmamba, tmp_path) -> None:
     out = tmp_path / "out"
-    assert run("predict", "-i", dataset, "-o", out, "-m", model, "--layout", "bids",
+    assert medmamba("predict", "-i", dataset, "-o", out, "-m", model, "--layout", "bids",
                "--in-process", "--bids-suffix", "T1w")[0] == 0  # fmt: skip
     done = subprocess.run(
         [str(VALIDATOR), "--json", str(out)], capture_output=True, timeout=120, check=False
