@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -23,6 +24,9 @@ from medmamba.errors import EnvironmentFault, MedMambaError
 from medmamba.failpoints import failpoint
 
 T = TypeVar("T")
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
+"""Of a type; to make one takes 5 ms, a hundred times what it then does."""
 
 TEMPORARY_PREFIX = ".mm-tmp-"
 
@@ -138,7 +142,7 @@ def require_writable_folder(folder: Path) -> Path:
 
 def to_plain(value: Any) -> Any:
     """Turn a dataclass tree into JSON values (dicts, lists, strings, numbers, None)."""
-    adapter = TypeAdapter(type(value) if dataclasses.is_dataclass(value) else Any)
+    adapter = _adapter(type(value) if dataclasses.is_dataclass(value) else Any)
     return adapter.dump_python(value, mode="json")
 
 
@@ -154,7 +158,7 @@ def from_plain(kind: type[T], value: Any, *, what: str, error: type[MedMambaErro
         MedMambaError: (of class ``error``) naming ``what``, the key and the value found.
     """
     try:
-        return TypeAdapter(kind).validate_python(value)
+        built: T = _adapter(kind).validate_python(value)
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "(top level)"
@@ -163,6 +167,7 @@ def from_plain(kind: type[T], value: Any, *, what: str, error: type[MedMambaErro
             f"{what}: key '{where}': {first['msg']} (found {found[:120]}). "
             "Write the file again with this version of medmamba."
         ) from problem
+    return built
 
 
 def read_json(path: Path, *, what: str, error: type[MedMambaError]) -> Any:

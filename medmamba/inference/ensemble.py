@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -16,10 +16,12 @@ from medmamba.inference.restoring import Restoring, restore_beside
 from medmamba.inference.sliding_window import TileProgress
 from medmamba.labels import UsualVolume
 from medmamba.preprocessing.pipeline import PreprocessedCase
-from medmamba.preprocessing.probability_file import ProbabilityKind
 from medmamba.preprocessing.restore import OnProbabilities
 from medmamba.preprocessing.restore_mean import MeanStream
 from medmamba.volume import Volume
+
+if TYPE_CHECKING:  # blosc2, a tenth of a second of every start
+    from medmamba.preprocessing.probability_file import ProbabilityKind
 
 Finish = Callable[[NDArray[Any]], NDArray[Any]]
 """What is done to the labels (D, H, W) of a case in the end: postprocessing."""
@@ -40,7 +42,7 @@ class EnsemblePredictor:
         members: Sequence[Predictor],
         finish: Finish | None = None,
         usual: Mapping[str, UsualVolume] = MappingProxyType({}),
-        probabilities: ProbabilityKind = "none",
+        probabilities: "ProbabilityKind" = "none",
     ) -> None:
         self.members = tuple(members)
         self.label_map = members[0].label_map

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects, label
 
 from medmamba import __version__
 from medmamba.dataset import Case
@@ -301,6 +300,8 @@ def describe_labels(
         confidence: of the networks, by label name.
         usual: volumes to compare with, by label name.
     """
+    from scipy.ndimage import label
+
     boxes = _boxes(labels)
     measured = []
     for name, values in label_map.foreground.items():
@@ -355,6 +356,8 @@ def without_folders(text: str, paths: Sequence[Path]) -> str:
 
 def _boxes(labels: NDArray[np.integer[Any]]) -> dict[int, tuple[slice, ...]]:
     """Return the bounding box of every value but 0, looking at a few planes at a time."""
+    from scipy.ndimage import find_objects
+
     found: dict[int, list[tuple[slice, ...]]] = {}
     for first in range(0, len(labels), PLANES_AT_ONCE):
         planes = labels[first : first + PLANES_AT_ONCE].astype(np.int32, copy=False)

@@ -6,9 +6,6 @@ enclosed by measured voxels. Outside voxels without a label get the label -1.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from medmamba.volume import Box
 
@@ -62,6 +59,8 @@ def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     Gives what ``scipy.ndimage.binary_fill_holes`` gives, by labelling the background, in slabs so
     that the labels take little memory, instead of growing it voxel by voxel. Works in place.
     """
+    from scipy import ndimage  # takes a fifth of a second, and every command comes by this module
+
     thickness = max(1, SLAB_VOXELS // max(1, mask[0].size))
     slabs = [mask[first : first + thickness] for first in range(0, len(mask), thickness)]
     offset = 0
@@ -100,6 +99,9 @@ def _enclosed(
     count: int, open_labels: NDArray[np.intp], touching: NDArray[np.intp]
 ) -> NDArray[np.bool_]:
     """Which of the labels 0 to ``count`` have no way out, going from slab to slab."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     links = coo_array((np.ones(len(touching), bool), tuple(touching.T)), (count + 1, count + 1))
     _, group = connected_components(links, directed=False)
     is_open = np.zeros(count + 1, dtype=bool)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medmamba.errors import PlanError
 from medmamba.preprocessing.recipe import ResamplingRecipe
@@ -238,6 +237,8 @@ def _overwrite_along(
     """
     if labels.shape[axis] == size:
         return labels
+    from scipy import ndimage
+
     shape = tuple(size if other == axis else edge for other, edge in enumerate(labels.shape))
     axes = [
         old / new * (np.arange(new) + 0.5) - 0.5

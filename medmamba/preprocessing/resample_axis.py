@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medmamba.errors import PlanError
 
@@ -116,6 +115,8 @@ def spline_matrix(old: int, new: int, order: int) -> NDArray[np.float64]:
         np.add.at(matrix, (rows, low), 1.0 - weight)
         np.add.at(matrix, (rows, high), weight)
     elif order == 3:
+        from scipy import ndimage
+
         padded = np.pad(np.eye(old), ((PADDING, PADDING), (0, 0)), mode="edge")
         coefficients = ndimage.spline_filter1d(padded, order=3, axis=0, mode="nearest")
         start = np.floor(coordinates).astype(np.intp)
