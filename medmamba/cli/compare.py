@@ -79,7 +79,7 @@ def compare(
     Writes OUT/report.html with the tables and pictures, cases.csv and comparison.json. It says
     "no difference" where other seeds alone would make one as large.
     """
-    from medmamba.cli.display import data, make_table
+    from medmamba.cli.display import print_table
     from medmamba.pipeline.comparing import compare as run_compare
     from medmamba.pipeline.comparing import outcome_to_plain
     from medmamba.pipeline.comparison_report import cost_rows, remarks, score_rows
@@ -108,8 +108,8 @@ def compare(
 
         sys.stdout.write(to_json(outcome_to_plain(outcome)))
         return
-    data.print(make_table("Scores", *score_rows(outcome)))
-    data.print(make_table("Cost", *cost_rows(outcome)))
+    print_table("Scores", *score_rows(outcome))
+    print_table("Cost", *cost_rows(outcome))
     first = outcome.entries[0].contestant.name
     for entry, pair in zip(outcome.entries[1:], outcome.pairs, strict=True):
         print(f"{entry.contestant.name} against {first}: {pair.verdict} ({pair.why})")

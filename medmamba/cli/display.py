@@ -28,6 +28,9 @@ PLAIN_LINE_EVERY_S = 5.0
 FILE_COLUMNS = 120
 """Of tables in files and pipes, which have no width of their own."""
 
+COLUMN_FRAME = 3
+"""Characters around each column of a table: a line and two spaces."""
+
 talk = Console(stderr=True, highlight=False)
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_COLUMNS  # None: rich asks
 data = Console(highlight=False, width=_width)
@@ -100,15 +103,57 @@ class StepProgress(Bars):
         say(f"{stage}: {done}/{total}{tail}")
 
 
-def make_table(
+def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1
-) -> Table:
-    """Build a table whose columns from ``right_from`` on are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(
-            column, justify="right" if index >= right_from else "left", overflow="fold"
+) -> None:
+    """Print a table whose columns from ``right_from`` on are right-aligned numbers.
+
+    Numbers that do not fit beside each other follow in further tables with the same first column.
+    """
+    texts, numbers = columns[:right_from], columns[right_from:]
+    cells = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
+    # Rich shortens the widest columns first, in the middle of words and numbers.
+    widths = [_longest_word(column) for column in columns]
+    for index, values in enumerate(cells):
+        measure = _longest_word if index < right_from else len
+        widths[index] = max([widths[index], *map(measure, values)])
+    for number, group in enumerate(_groups_that_fit(widths) if numbers else [range(len(texts))]):
+        table = Table(
+            title=None if number else title,
+            title_justify="left",
+            title_style="bold",
+            header_style="bold",
         )
-    for row in rows:
-        table.add_row(*row)
-    return table
+        free = data.width - _table_width([widths[index] for index in group])
+        for index in group:
+            more = max(0, min(free, max(map(len, (columns[index], *cells[index]))) - widths[index]))
+            free -= more
+            table.add_column(
+                columns[index],
+                justify="right" if index >= right_from else "left",
+                overflow="fold",
+                width=widths[index] + more if numbers else None,
+            )
+        for row in rows:
+            table.add_row(*(row[index] for index in group))
+        data.print(table)
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split()), default=0)
+
+
+def _groups_that_fit(widths: Sequence[int]) -> list[list[int]]:
+    """Put as many columns beside each other as fit; the first one is in every group."""
+    groups = [[0]]
+    for index in range(1, len(widths)):
+        wider = [*groups[-1], index]
+        if len(wider) > 2 and _table_width([widths[place] for place in wider]) > data.width:
+            groups.append([0, index])
+        else:
+            groups[-1] = wider
+    return groups
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    return sum(widths) + COLUMN_FRAME * len(widths) + 1

@@ -175,8 +175,8 @@ def _print_json(findings: list[Finding], packages: dict[str, str]) -> None:
 
 
 def _print_tables(findings: list[Finding], packages: dict[str, str]) -> None:
-    from medmamba.cli.display import data, make_table
+    from medmamba.cli.display import data, print_table
 
     rows = [(item.topic, item.value, "ok" if item.fit else "UNFIT") for item in findings]
-    data.print(make_table("This machine", ("what", "found", ""), rows, right_from=3))
+    print_table("This machine", ("what", "found", ""), rows, right_from=3)
     data.print("packages: " + ", ".join(f"{name} {value}" for name, value in packages.items()))

@@ -68,7 +68,7 @@ def evaluate(
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """The table people look at: one row a label, then the mean over foreground."""
-    from medmamba.cli.display import data, make_table
+    from medmamba.cli.display import data, print_table
 
     columns = ("label", "Dice", "IoU", "HD95 mm", "NSD", "ml", "true ml", "cases")
     rows = [
@@ -84,7 +84,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
         )
         for row in evaluation.rows()
     ]
-    data.print(make_table("Mean over cases", columns, rows))
+    print_table("Mean over cases", columns, rows)
     data.print(f"mean foreground Dice {evaluation.foreground_dice:.4f}")
 
 

@@ -44,12 +44,12 @@ def info(
 
 def print_manifest(manifest: "Manifest") -> None:
     """Print every key of a manifest that says something as a table."""
-    from medmamba.cli.display import data, make_table
+    from medmamba.cli.display import print_table
     from medmamba.files import to_plain
 
     told = {key: value for key, value in to_plain(manifest).items() if not _is_empty(value)}
     rows = [(key.replace("_", " "), _short(value)) for key, value in told.items()]
-    data.print(make_table(f"Model {manifest.name}", ("key", "value"), rows, right_from=2))
+    print_table(f"Model {manifest.name}", ("key", "value"), rows, right_from=2)
 
 
 def _is_empty(value: object) -> bool:

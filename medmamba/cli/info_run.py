@@ -21,7 +21,7 @@ STATUS = {
 def print_run(folder: Path, *, as_json: bool) -> None:
     """Print what a run folder holds, and its model where there is one."""
     from medmamba.bundle import read_manifest
-    from medmamba.cli.display import data, make_table
+    from medmamba.cli.display import print_table
     from medmamba.cli.info import print_manifest
     from medmamba.files import to_json, to_plain
     from medmamba.pipeline.run_summary import summarize_run
@@ -35,7 +35,7 @@ def print_run(folder: Path, *, as_json: bool) -> None:
     place = [run.network, run.configuration or "", f"fold {run.fold}" if run.fold else ""]
     title = " ".join(part for part in place if part)
     rows = [(key, value) for key, value in _rows(run) if value]
-    data.print(make_table(f"Run {title}", ("key", "value"), rows, right_from=2))
+    print_table(f"Run {title}", ("key", "value"), rows, right_from=2)
     if manifest is not None:
         print_manifest(manifest)
     if run.status == "interrupted":

@@ -39,7 +39,7 @@ def select(
 
     All folds must be trained. Writes one model folder with the weights of every fold.
     """
-    from medmamba.cli.display import data, make_table
+    from medmamba.cli.display import print_table
     from medmamba.evaluation.scores import Evaluation
     from medmamba.pipeline.selecting import select as run_select
     from medmamba.pipeline.validating import mean_dice
@@ -64,7 +64,7 @@ def select(
 
     labels = list(outcome.candidates[0].evaluation.label_map.foreground)
     rows = [[one.name, f"{one.dice:.4f}", *by_label(one.evaluation)] for one in outcome.candidates]
-    data.print(make_table("Cross-validated Dice", ("candidate", "mean", *labels), rows))
+    print_table("Cross-validated Dice", ("candidate", "mean", *labels), rows)
     for name, lack in outcome.incomplete:
         print(f"left out  {name}: {lack}")
     best = outcome.candidates[0]
