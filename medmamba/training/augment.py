@@ -25,7 +25,6 @@ from medmamba.training.draws import IntensityDraw, Range
 GAMMA_EPSILON = 1e-7
 """Keeps a constant row's range from being divided by."""
 
-_UPSAMPLING = {2: "bilinear", 3: "trilinear"}
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {2: functional.conv2d, 3: functional.conv3d}
 
 Change = Callable[[Tensor, list[Any]], Tensor]
@@ -195,17 +194,26 @@ def _range(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _low_resolution(rows: Tensor, scales: list[float], *, in_plane: bool) -> Tensor:
-    # Row by row, since each has a coarse grid of its own: one gather for all took a CPU five
-    # times as long as torch's interpolation.
-    shape = tuple(rows.shape[1:])
-    changed = []
-    for row, scale in zip(rows, scales, strict=True):
-        small = [max(1, round(size * scale)) for size in shape]
-        if in_plane:
-            small[0] = shape[0]
-        down = functional.interpolate(row[None, None], size=small, mode="nearest-exact")
-        changed.append(functional.interpolate(down, size=shape, mode=_UPSAMPLING[len(shape)])[0])
-    return torch.cat(changed)
+    # Each row has a coarse grid of its own. Along an axis, going there and back is a matrix, and
+    # products for all rows take a CPU as long as torch's interpolation of one row after another.
+    shape = rows.shape
+    for axis in range(1 + in_plane, rows.ndim):
+        size = shape[axis]
+        matrices = torch.stack([_there_and_back(size, scale) for scale in scales]).to(rows)
+        if axis == rows.ndim - 1:
+            rows = rows.flatten(1, -2) @ matrices.mT
+        else:
+            between = [1] * (axis - 1)
+            rows = matrices.reshape(-1, *between, size, size) @ rows.flatten(axis + 1)
+        rows = rows.reshape(shape)
+    return rows
+
+
+def _there_and_back(size: int, scale: float) -> Tensor:
+    """Return what takes a line to its coarser grid, nearest, and back, linear: (size, size)."""
+    units = torch.eye(size)[None]
+    coarse = functional.interpolate(units, size=max(1, round(size * scale)), mode="nearest-exact")
+    return functional.interpolate(coarse, size=size, mode="linear")[0].T
 
 
 def _gamma(rows: Tensor, gammas: list[float], *, invert: bool) -> Tensor:

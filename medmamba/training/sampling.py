@@ -100,16 +100,15 @@ class SamplingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Patch:
-    """A sample as it was read, rotated and scaled, and what will be done to it in its batch.
+    """A sample as it was read, and what will be done to it in its batch.
 
     Args:
-        data, labels: (C, *P) and (L, *P); the second label map is that of a cascade.
+        region: its second label map is that of a cascade.
         generator: for what is drawn later.
     """
 
     case: str
-    data: Tensor
-    labels: Tensor
+    region: spatial.Region
     draw: IntensityDraw
     flips: tuple[int, ...]
     generator: np.random.Generator
@@ -198,10 +197,8 @@ class PatchSampler:
         draw = draw_intensity(preset, case.data.shape[0], dimension, generator)
         flips = draw_mirror(preset, settings.mirror_axes, generator)
         maps = [case.labels] if previous is None else [case.labels, previous]
-        data, labels = self._read(case.data, maps, start, index, matrix)
-        return _Patch(
-            case=name, data=data, labels=labels, draw=draw, flips=flips, generator=generator
-        )
+        region = self._read(case.data, maps, start, index, matrix)
+        return _Patch(case=name, region=region, draw=draw, flips=flips, generator=generator)
 
     def _coarse_channels(self, labels: Tensor, generator: np.random.Generator) -> Tensor:
         values = self.settings.previous_values
@@ -225,29 +222,32 @@ class PatchSampler:
         start: tuple[int, ...],
         index: int | None,
         matrix: NDArray[np.float64] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> spatial.Region:
         inner = spatial.inner_box(start, self._outer, self.settings.patch_size)
         box = inner if matrix is None else spatial.source_box(inner, start, self._outer, matrix)
-        device = torch.device(self.settings.device)
-        data = torch.from_numpy(read_box(stored, box, index, fill=0)).to(device)
         read = [read_box(one, box, index, fill=spatial.OUTSIDE) for one in maps]
-        labels = torch.from_numpy(np.concatenate(read)).to(device)
-        if matrix is None:
-            return data, labels
-        in_plane = self._rotations.in_plane
-        return spatial.resample(
-            data, labels, box=box, inner=inner, matrix=matrix, in_plane=in_plane
+        return spatial.Region(
+            data=torch.from_numpy(read_box(stored, box, index, fill=0)),
+            labels=torch.from_numpy(np.concatenate(read)),
+            box=box,
+            inner=inner,
+            matrix=matrix,
         )
 
     def _augment(self, patches: Sequence[_Patch]) -> tuple[Tensor, Tensor]:
-        data = torch.stack([patch.data for patch in patches])
-        labels = torch.stack([patch.labels for patch in patches])
+        in_plane = self._rotations.in_plane
+        data, labels = spatial.make_patches(
+            [patch.region for patch in patches],
+            self._outer,
+            in_plane=in_plane,
+            device=torch.device(self.settings.device),
+        )
         if any(patch.changes for patch in patches):
             # MONAI takes seconds to import; a run without augmentation does not pay them.
             from medmamba.training.augment import augment_intensity, mirror
 
             draws = [patch.draw for patch in patches]
-            data = augment_intensity(data, draws, in_plane=self._rotations.in_plane)
+            data = augment_intensity(data, draws, in_plane=in_plane)
             data, labels = mirror(data, labels, [patch.flips for patch in patches])
         outside = labels[:, 0] == spatial.OUTSIDE
         for channel in self.settings.outside_is_zero_channels:

@@ -1,10 +1,12 @@
 """Where a patch comes from: the box to read for it, and rotation and scaling in one resampling.
 
-Legend: C channels, P patch size, N size of the box that was read. Boxes are half open and may
-reach outside the image; outside is data 0 and label -1.
+All samples of a batch that move are resampled at once, on the device where the batch will be.
+Legend: B batch, n samples that move, C channels, L label maps, P patch size, N size of a box.
+Boxes are half open and may reach outside the image; outside is data 0 and label -1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil, floor, pi
 
 import numpy as np
@@ -21,6 +23,9 @@ OUTSIDE = -1
 
 LOADER_SHRINK = 0.85
 """Scale the loader's margin allows for (nnU-Net; smaller scales see zeros at the corners)."""
+
+LABELS_AT_ONCE = 4
+"""Labels whose scores are sampled in one call."""
 
 
 def loader_patch_size(patch_size: tuple[int, ...], rotations: Rotations | None) -> tuple[int, ...]:
@@ -73,49 +78,114 @@ def source_box(
     return tuple(box)
 
 
-def resample(
-    data: Tensor,
-    labels: Tensor,
-    *,
-    box: Box,
-    inner: Box,
-    matrix: NDArray[np.float64],
-    in_plane: bool,
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """What was read for one patch.
+
+    Args:
+        data, labels: (C, *N) and (L, *N), on the CPU; label maps are resampled apart.
+        box: what was read.
+        inner: box of the patch before the transform, whose centre stays where it is.
+        matrix: takes offsets from the patch's centre to offsets in the source; None where the
+            patch is what was read.
+    """
+
+    data: Tensor
+    labels: Tensor
+    box: Box
+    inner: Box
+    matrix: NDArray[np.float64] | None
+
+
+def make_patches(
+    regions: Sequence[Region], outer: Sequence[int], *, in_plane: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Make the patches of a batch on a device; those that were drawn to move in one resampling.
+
+    Args:
+        regions: of the samples.
+        outer: size of the loader's region, which every box fits into.
+        in_plane: the first axis is untouched; it is folded into the channels.
+        device: where the patches will be.
+
+    Returns:
+        data (B, C, *P) and labels (B, L, *P).
+    """
+    moving = [place for place, region in enumerate(regions) if region.matrix is not None]
+    still = [place for place, region in enumerate(regions) if region.matrix is None]
+    parts = []
+    if still:
+        parts.append(_stack([regions[place] for place in still], device))
+    if moving:
+        parts.append(_resample([regions[place] for place in moving], outer, in_plane, device))
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor(still + moving, device=device).argsort()
+    data, labels = (torch.cat(both).index_select(0, order) for both in zip(*parts, strict=True))
+    return data, labels
+
+
+def _stack(regions: Sequence[Region], device: torch.device) -> tuple[Tensor, Tensor]:
+    data = torch.stack([region.data for region in regions])
+    labels = torch.stack([region.labels for region in regions])
+    return data.to(device), labels.to(device)
+
+
+def _resample(
+    regions: Sequence[Region], outer: Sequence[int], in_plane: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Rotate and scale: data linearly, labels by the largest linear score.
 
-    Args:
-        data: (C, *N), as read.
-        labels: (L, *N), maps that are resampled apart.
-        box: what was read.
-        inner: box of the patch before the transform, whose centre stays where it is.
-        matrix: takes offsets from the patch's centre to offsets in the source.
-        in_plane: the first axis is untouched; it is folded into the channels.
-
-    Returns:
-        data (C, *P) and labels (L, *P).
+    All are sampled from boxes of one size, with nothing in what was not read. It is always the
+    same size, so that a patch does not depend on its neighbours.
     """
-    values = [_present_values(one) for one in labels]
-    members = [
-        (one == value).to(data.dtype)[None]
-        for one, found in zip(labels, values, strict=True)
-        for value in found
-    ]
-    stacked = torch.cat([data, *members])
-    if in_plane:
-        folded = _sample(
-            stacked.flatten(0, 1), _theta(box[1:], inner[1:], matrix[1:, 1:]), _size(inner[1:])
+    data = _spread([region.data for region in regions], outer, 0, device)
+    labels = _spread([region.labels for region in regions], outer, OUTSIDE, device)
+    apart = int(in_plane)
+    size = _size(regions[0].inner)[apart:]
+    grid = _grid([_theta(region, outer, apart) for region in regions], size).to(device)
+
+    def sample(boxes: Tensor) -> Tensor:
+        folded = boxes.flatten(1, 1 + apart)
+        found = functional.grid_sample(
+            folded, grid, mode="bilinear", padding_mode="zeros", align_corners=False
         )
-        sampled = folded.reshape(*stacked.shape[:2], *folded.shape[1:])
-    else:
-        sampled = _sample(stacked, _theta(box, inner, matrix), _size(inner))
-    sizes = [data.shape[0], *(len(found) for found in values)]
-    moved, *scores = torch.split(sampled, sizes)
-    picked = [
-        _pick_labels(score, found, labels.dtype)
-        for score, found in zip(scores, values, strict=True)
-    ]
-    return moved, torch.cat(picked)
+        return found.reshape(*boxes.shape[: 2 + apart], *size)
+
+    moved = sample(data)
+    picked = [_largest_score(one, sample, moved[:, 0]) for one in labels.unbind(1)]
+    return moved, torch.stack(picked, 1)
+
+
+def _spread(
+    arrays: Sequence[Tensor], outer: Sequence[int], fill: int, device: torch.device
+) -> Tensor:
+    """Lay arrays (C, *N) into the low corners of boxes (n, C, *outer)."""
+    shape = (len(arrays), len(arrays[0]), *outer)
+    boxes = torch.full(shape, fill, dtype=arrays[0].dtype, device=device)
+    for box, array in zip(boxes, arrays, strict=True):
+        box[(slice(None), *(slice(size) for size in array.shape[1:]))] = array.to(device)
+    return boxes
+
+
+def _largest_score(labels: Tensor, sample: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Sample labels (n, *N) and return the winners, shaped as ``like`` (n, *P).
+
+    Weights of linear sampling sum to 1, so what no label claims is the share of the outside.
+    A running maximum, because argmax along the slowest axis is slow on CPUs, and few labels at
+    once, because each takes as much memory as the image.
+    """
+    best, claimed = torch.zeros_like(like), torch.zeros_like(like)
+    winners = torch.full_like(like, OUTSIDE, dtype=labels.dtype)
+    values = _present_values(labels)
+    for first in range(0, len(values), LABELS_AT_ONCE):
+        some = values[first : first + LABELS_AT_ONCE]
+        members = torch.stack([labels == value for value in some], 1).to(like.dtype)
+        for value, score in zip(some, sample(members).unbind(1), strict=True):
+            winners.masked_fill_(score >= best, value)
+            best = torch.maximum(best, score)
+            claimed += score
+    return winners.masked_fill_(best < 1 - claimed, OUTSIDE)
 
 
 def _present_values(labels: Tensor) -> list[int]:
@@ -124,39 +194,34 @@ def _present_values(labels: Tensor) -> list[int]:
     return [value for value in present.tolist() if value != OUTSIDE]
 
 
-def _pick_labels(scores: Tensor, values: list[int], dtype: torch.dtype) -> Tensor:
-    # Weights of linear sampling sum to 1, so what no label claims is the share of the outside.
-    # A running maximum, because argmax along the slowest axis is slow on CPUs.
-    best = 1 - scores.sum(0)
-    labels = torch.full_like(best, OUTSIDE, dtype=dtype)
-    for value, score in zip(values, scores, strict=True):
-        labels.masked_fill_(score >= best, value)
-        best = torch.maximum(best, score)
-    return labels[None]
-
-
 def _size(box: Box) -> list[int]:
     return [stop - start for start, stop in box]
 
 
-def _theta(box: Box, inner: Box, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    # Normalised coordinates g of torch: voxel = ((g + 1) * size - 1) / 2, axes reversed.
-    read, patch = np.array(_size(box), dtype=np.float64), np.array(_size(inner), dtype=np.float64)
+def _theta(region: Region, outer: Sequence[int], apart: int) -> NDArray[np.float64]:
+    """Matrix (axes, axes + 1) without the first ``apart`` axes, in torch's coordinates g.
+
+    In these voxel = ((g + 1) * size - 1) / 2, and axes are reversed.
+    """
+    matrix = region.matrix
+    assert matrix is not None
+    box, inner = region.box[apart:], region.inner[apart:]
+    read, patch = np.array(outer[apart:], dtype=np.float64), np.array(_size(inner))
     centre = np.array([(start + stop - 1) / 2 for start, stop in inner])
     offset = centre - np.array([start for start, _ in box])
-    linear = matrix * patch[None, :] / read[:, None]
+    linear = matrix[apart:, apart:] * patch[None, :] / read[:, None]
     return np.concatenate([linear[::-1, ::-1], ((2 * offset + 1) / read - 1)[::-1, None]], axis=1)
 
 
-def _sample(stacked: Tensor, theta: NDArray[np.float64], size: list[int]) -> Tensor:
-    matrix = torch.from_numpy(theta).to(stacked)
-    grid = matrix[:, -1]
+def _grid(thetas: Sequence[NDArray[np.float64]], size: Sequence[int]) -> Tensor:
+    """Where the voxels of patches come from, (n, *size, axes) float32 in torch's coordinates."""
+    matrices = torch.from_numpy(np.stack(thetas)).to(torch.float32)
+    matrices = matrices.reshape(len(thetas), *[1] * len(size), *matrices.shape[1:])
+    grid = matrices[..., -1]
     for axis, count in enumerate(size):
         # Sums of lines: several times faster than torch's affine_grid on CPUs.
-        line = (2 * torch.arange(count, device=stacked.device, dtype=stacked.dtype) + 1) / count - 1
-        shape = [1] * len(size)
+        line = (2 * torch.arange(count, dtype=torch.float32) + 1) / count - 1
+        shape = [1] * (len(size) + 1)
         shape[axis] = count
-        grid = grid + line.reshape(*shape, 1) * matrix[:, len(size) - 1 - axis]
-    return functional.grid_sample(
-        stacked[None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False
-    )[0]
+        grid = grid + line.reshape(shape) * matrices[..., len(size) - 1 - axis]
+    return grid

@@ -7,6 +7,7 @@ import pytest
 import torch
 from monai.transforms.intensity.array import AdjustContrast
 from scipy import ndimage
+from torch.nn import functional
 
 from medmamba.training.augment import augment_intensity, mirror
 from medmamba.training.draws import PRESETS, IntensityDraw, draw_intensity
@@ -86,6 +87,18 @@ def test_low_resolution_in_plane_leaves_slices_apart(data) -> None:
     two = change(other, in_plane=True, low_resolution=(0.5, 0.5))
     differs = (one != two).any(dim=(0, 2, 3))
     assert differs.nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("shape", [(12, 14, 10), (13, 9)])
+def test_low_resolution_is_nearest_down_and_linear_up(shape) -> None:
+    data = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0))
+    changed = change(data, low_resolution=(0.5, 0.73, None))
+    upward = {2: "bilinear", 3: "trilinear"}[len(shape)]
+    for row, before, scale in zip(changed, data, (0.5, 0.73, 1.0), strict=True):
+        small = [round(size * scale) for size in shape]
+        down = functional.interpolate(before[None, None], size=small, mode="nearest-exact")
+        expected = functional.interpolate(down, size=shape, mode=upward)[0, 0]
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_mirroring_moves_data_and_labels_together(data) -> None:

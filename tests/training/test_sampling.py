@@ -208,3 +208,40 @@ def test_labels_of_the_previous_stage_move_with_the_patch() -> None:
             expected = (batch.labels[:, 0] == value).float()
             assert expected.any()
             assert torch.equal(batch.data[:, channel], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dummy_2d", [False, True])
+def test_a_gpu_makes_the_batch_that_a_cpu_makes(dummy_2d: bool) -> None:
+    cases = {name: make_case(number) for number, name in enumerate("abc")}
+    # Noise is left out: every device has numbers of its own.
+    preset = replace(PRESETS["strong"], rotation=0.6, scaling=0.5, low_resolution=0.6, noise=0.0)
+    settings = SamplingSettings(
+        patch_size=PATCH,
+        batch_size=6,
+        oversample_foreground=0.5,
+        preset=preset,
+        mirror_axes=(0, 1, 2),
+        dummy_2d=dummy_2d,
+        outside_is_zero_channels=(0,),
+        previous_values=(1, 2),
+    )
+
+    def batch(device: str, iteration: int):
+        return PatchSampler(
+            cases.__getitem__,
+            tuple(cases),
+            replace(settings, device=device),
+            seed=0,
+            stream=Stream.TRAINING,
+            open_previous=lambda name: cases[name].labels,
+        ).batch(iteration)
+
+    for iteration in range(3):
+        here, there = batch("cpu", iteration), batch("cuda", iteration)
+        assert there.data.is_cuda
+        assert there.labels.is_cuda
+        assert there.cases == here.cases
+        torch.testing.assert_close(there.data[:, :1].cpu(), here.data[:, :1], rtol=1e-3, atol=1e-3)
+        # A tie of two labels may fall either way.
+        assert (there.labels.cpu() != here.labels).float().mean() < 2e-3

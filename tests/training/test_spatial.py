@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from medmamba.training.draws import Rotations, rotation_matrix
+from medmamba.training.draws import PRESETS, Rotations, draw_matrix, rotation_matrix
 from medmamba.training.sampling import read_box
-from medmamba.training.spatial import inner_box, loader_patch_size, resample, source_box
+from medmamba.training.spatial import (
+    Region,
+    inner_box,
+    loader_patch_size,
+    make_patches,
+    source_box,
+)
 
 SHAPE = (14, 18, 16)
 PATCH = (8, 10, 8)
@@ -34,14 +41,22 @@ def transformed(matrix, start=(0, 0, 0), outer=OUTER, whole: bool = False):
     box = source_box(inner, start, outer, matrix)
     if whole:
         box = tuple((first, first + size) for first, size in zip(start, outer, strict=True))
-    return resample(
-        torch.from_numpy(read_box(data, box, None, fill=0)),
-        torch.from_numpy(read_box(labels, box, None, fill=-1)),
+    moved, parts = patches([region_of(data, labels, box, inner, matrix)], outer)
+    return moved[0], parts[0]
+
+
+def region_of(data, labels, box, inner, matrix) -> Region:
+    return Region(
+        data=torch.from_numpy(read_box(data, box, None, fill=0)),
+        labels=torch.from_numpy(read_box(labels, box, None, fill=-1)),
         box=box,
         inner=inner,
         matrix=matrix,
-        in_plane=False,
     )
+
+
+def patches(regions, outer, device: str = "cpu", in_plane: bool = False):
+    return make_patches(regions, outer, in_plane=in_plane, device=torch.device(device))
 
 
 def direct(matrix, start=(0, 0, 0), outer=OUTER):
@@ -119,13 +134,79 @@ def test_in_plane_transforms_leave_slices_where_they_are() -> None:
     data, labels = case_arrays()
     matrix = rotation_matrix(np.array([math.pi / 2]), 3)
     box = inner = ((0, 14), (1, 15), (1, 15))
-    read = torch.from_numpy(read_box(data, box, None, fill=0))
-    parts = torch.from_numpy(read_box(labels, box, None, fill=-1))
-    turned, turned_parts = resample(read, parts, box=box, inner=inner, matrix=matrix, in_plane=True)
-    either = [torch.rot90(read, k, (2, 3)) for k in (1, 3)]
+    region = region_of(data, labels, box, inner, matrix)
+    turned, turned_parts = (found[0] for found in patches([region], (14, 19, 17), in_plane=True))
+    either = [torch.rot90(region.data, k, (2, 3)) for k in (1, 3)]
     match = [torch.allclose(turned, one, atol=1e-4) for one in either]
     assert sum(match) == 1
-    assert torch.equal(turned_parts, torch.rot90(parts, (1, 3)[match.index(True)], (2, 3)))
+    expected = torch.rot90(region.labels, (1, 3)[match.index(True)], (2, 3))
+    assert torch.equal(turned_parts, expected)
+
+
+def drawn_regions(in_plane: bool, samples: int = 7) -> list[Region]:
+    """Samples of two channels and two label maps with six labels, most of which move."""
+    generator = np.random.default_rng(5)
+    rotations, outer = rotations_and_outer(in_plane)
+    preset = replace(PRESETS["default"], rotation=0.6, scaling=0.6)
+    coarse, parts = case_arrays(6)
+    data, labels = np.concatenate([coarse, -coarse]), np.concatenate([parts, parts[:, ::-1]])
+    regions = []
+    for _ in range(samples):
+        start = tuple(int(first) for first in generator.integers(-3, 3, 3))
+        inner = inner_box(start, outer, PATCH)
+        matrix = draw_matrix(preset, rotations, 3, generator)
+        box = inner if matrix is None else source_box(inner, start, outer, matrix)
+        regions.append(region_of(data, labels, box, inner, matrix))
+    assert 0 < sum(region.matrix is None for region in regions) < samples - 1
+    return regions
+
+
+def rotations_and_outer(in_plane: bool) -> tuple[Rotations, tuple[int, ...]]:
+    rotations = Rotations(limit=math.pi / (1 if in_plane else 6), in_plane=in_plane)
+    return rotations, loader_patch_size(PATCH, rotations)
+
+
+@pytest.mark.parametrize("in_plane", [False, True])
+def test_a_patch_is_the_same_in_any_batch(in_plane: bool) -> None:
+    regions, outer = drawn_regions(in_plane), rotations_and_outer(in_plane)[1]
+    data, labels = patches(regions, outer, in_plane=in_plane)
+    assert data.shape == (7, 2, *PATCH)
+    assert labels.shape == (7, 2, *PATCH)
+    assert labels.dtype == torch.int16
+    for region, own, parts in zip(regions, data, labels, strict=True):
+        alone, alone_parts = patches([region], outer, in_plane=in_plane)
+        assert torch.equal(own, alone[0])
+        assert torch.equal(parts, alone_parts[0])
+
+
+def test_only_samples_that_were_drawn_are_resampled(monkeypatch) -> None:
+    counted = []
+    sample = torch.nn.functional.grid_sample
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "grid_sample",
+        lambda boxes, *rest, **named: (counted.append(len(boxes)), sample(boxes, *rest, **named))[
+            1
+        ],
+    )
+    regions = drawn_regions(False)
+    patches(regions, rotations_and_outer(False)[1])
+    assert set(counted) == {sum(region.matrix is not None for region in regions)}
+    counted.clear()
+    patches([region for region in regions if region.matrix is None], rotations_and_outer(False)[1])
+    assert not counted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_plane", [False, True])
+def test_a_gpu_moves_a_batch_as_a_cpu_does(in_plane: bool) -> None:
+    regions, outer = drawn_regions(in_plane), rotations_and_outer(in_plane)[1]
+    here, parts = patches(regions, outer, in_plane=in_plane)
+    there, parts_there = patches(regions, outer, "cuda", in_plane=in_plane)
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
+    # A tie of two labels may fall either way.
+    assert (parts_there.cpu() != parts).float().mean() < 2e-3
 
 
 def test_loader_patch_sizes_equal_the_golden_ones(fixtures_dir: Path) -> None:
