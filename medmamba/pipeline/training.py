@@ -269,8 +269,8 @@ def _announce(
     processes: int,
     say: Callable[[str], None],
 ) -> None:
+    from medmamba.training.feeding import batch_size_on
     from medmamba.training.precision import choose_precision, describe_cpu, resolve_device
-    from medmamba.training.trainer import batch_size_on
 
     device = resolve_device(setup.device)
     where = f"CPU ({describe_cpu()})" if device.type == "cpu" else str(device)

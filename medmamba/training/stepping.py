@@ -4,6 +4,8 @@ Knows precision, gradient scaling and memory format; knows nothing of epochs, fi
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +118,17 @@ class Stepper:
         """Return loss and full-resolution logits of a batch, with the network as it is."""
         loss, outputs = self._forward(batch)
         return loss, outputs[0].float()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the network the averaged weights for a while, where there are any."""
+        if self.average is None:
+            yield
+            return
+        own = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average.tensors)
+        yield
+        self.network.load_state_dict(own)
 
     def bad_parameters(self) -> list[str]:
         """Name the parameters whose values or gradients are not finite."""

@@ -10,16 +10,15 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 
 from medmamba.errors import TrainingError
 from medmamba.files import require_writable_folder, to_json, to_plain, write_atomic
 from medmamba.networks import build_network
-from medmamba.preprocessing.store import CaseStore, PreviousStore
-from medmamba.training import board
-from medmamba.training.draws import preset_of
+from medmamba.training.diary import RunDiary
+from medmamba.training.feeding import batch_size_on, make_sampler, model_seed
 from medmamba.training.interruption import StopRequest, stop_on_signals
 from medmamba.training.keeping import RunKeeper
 from medmamba.training.loading import BatchLoader
@@ -29,26 +28,9 @@ from medmamba.training.precision import (
     keep_freed_memory,
     resolve_device,
 )
-from medmamba.training.progress import (
-    EpochReport,
-    Log,
-    RunLog,
-    SilentLog,
-    StepReport,
-    memory_gb,
-    write_run_record,
-)
-from medmamba.training.recipe import TrainingRecipe
-from medmamba.training.run_files import (
-    CURVES,
-    LATEST,
-    LOG,
-    RUN_RECORD,
-    START_RECORD,
-    RunState,
-    read_log,
-)
-from medmamba.training.sampling import Batch, PatchSampler, SamplingSettings, Stream
+from medmamba.training.progress import EpochReport, StepReport, memory_gb
+from medmamba.training.run_files import LATEST, START_RECORD, RunState
+from medmamba.training.sampling import Batch, PatchSampler, Stream
 from medmamba.training.schedule import Clock, make_schedule
 from medmamba.training.setup import TrainingResult, TrainingSetup
 from medmamba.training.start import Freezing
@@ -57,7 +39,7 @@ from medmamba.training.tally import EpochTally
 from medmamba.training.team import ALONE, Team
 from medmamba.training.validation import Validation, validate
 
-__all__ = ["TrainingResult", "TrainingSetup", "batch_size_on", "train_fold"]
+__all__ = ["TrainingResult", "TrainingSetup", "train_fold"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +48,6 @@ EMA_KEEP = 0.9
 
 BAD_STEPS_ALLOWED = 10
 """Consecutive steps without a finite loss and gradient after which training stops."""
-
-CURVES_EVERY_S = 300.0
-"""Drawing costs about a second, so curves are redrawn this often, and at the end."""
 
 
 def train_fold(
@@ -103,7 +82,7 @@ def train_fold(
         try:
             run.train(stop, on_progress)
         finally:
-            run.log.close()
+            run.diary.log.close()
         return run.result()
 
 
@@ -124,7 +103,7 @@ class FoldRun:
         self.team = team
         self.device = resolve_device(setup.device)
         self.precision = choose_precision(self.device, setup.precision)
-        torch.manual_seed(_model_seed(setup.seed, 0))
+        torch.manual_seed(model_seed(setup.seed, 0))
         network = build_network(setup.network).to(self.device)
         if setup.start is not None and not (resume and (setup.run_folder / LATEST).exists()):
             record = setup.start.fill(network)
@@ -146,13 +125,9 @@ class FoldRun:
         clock.before_s = self.state.elapsed_s
         self.schedule = make_schedule(setup.recipe, clock, setup.max_time_s)
         self._freezing = Freezing(network, setup.start, self.schedule.epochs)
-        self.log: Log = SilentLog()
         self._tally = EpochTally(losses=list(self.state.losses))
-        self._curves_at = clock.elapsed_s()
-        self._store = CaseStore(setup.store_folder)
-        if team.leads:
-            self.log = self._open_log()
-            self._record_start()
+        self.diary = RunDiary(setup, leads=team.leads, state=self.state, now=clock.elapsed_s())
+        self.diary.record_start(self.device, self._settings())
 
     def _initial_state(self, resume: bool) -> RunState:
         latest = self._keeper.latest
@@ -164,55 +139,22 @@ class FoldRun:
             self._keeper.remove()
         return RunState(identity=self.setup.identity, length=self.setup.length)
 
-    def _open_log(self) -> Log:
-        folder = self.setup.run_folder
-        log = RunLog(folder / LOG, keep_bytes=self.state.log_bytes)
-        if not self.setup.tensorboard:
-            return log
-        return board.BoardLog(log, folder / board.FOLDER, first=self.state.iteration)
-
-    def _record_start(self) -> None:
-        write_run_record(
-            self.setup.run_folder / RUN_RECORD,
-            device=self.device,
-            identity=self.setup.identity,
-            settings={
-                "precision": self.precision,
-                "batch_size": self._batch_size,
-                "processes": self.team.size,
-                "seed": self.setup.seed,
-                "length": self.setup.length,
-                "resumed_at_iteration": self.state.iteration,
-                "recipe": to_plain(self.setup.recipe),
-                "network": to_plain(self.setup.network),
-                "split": to_plain(self.setup.split),
-            },
-        )
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "precision": self.precision,
+            "batch_size": self._batch_size,
+            "processes": self.team.size,
+            "seed": self.setup.seed,
+            "length": self.setup.length,
+            "resumed_at_iteration": self.state.iteration,
+            "recipe": to_plain(self.setup.recipe),
+            "network": to_plain(self.setup.network),
+            "split": to_plain(self.setup.split),
+        }
 
     def sampler(self, stream: Stream) -> PatchSampler:
         """Return what makes the batches of training or validation."""
-        setup, training = self.setup, stream is Stream.TRAINING
-        folder = setup.previous_folder
-        settings = SamplingSettings(
-            patch_size=setup.grid.patch_size,
-            batch_size=self._batch_size,
-            oversample_foreground=setup.recipe.oversample_foreground,
-            preset=preset_of(setup.recipe.augmentation if training else "none"),
-            mirror_axes=setup.recipe.mirror_axes,
-            dummy_2d=setup.recipe.dummy_2d,
-            outside_is_zero_channels=setup.outside_is_zero_channels,
-            previous_values=() if folder is None else setup.label_map.foreground_values,
-            device=str(self.device),
-        )
-        cases = setup.split.train if training else setup.split.validation
-        return PatchSampler(
-            self._store.open,
-            cases,
-            settings,
-            seed=setup.seed,
-            stream=stream,
-            open_previous=None if folder is None else PreviousStore(folder).open,
-        )
+        return make_sampler(self.setup, stream, batch_size=self._batch_size, device=self.device)
 
     def train(self, stop: StopRequest, on_progress: Callable[[EpochReport], None] | None) -> None:
         validation = self.sampler(Stream.VALIDATION)
@@ -228,7 +170,7 @@ class FoldRun:
                     raise stop.error(str(self._keeper.latest))
         if not self.state.finished:
             self._save(finished=True)
-        self._draw_curves(force=True)
+        self.diary.draw_curves(self.schedule.elapsed_s(), force=True)
 
     def _train_epoch(self, loader: BatchLoader, stop: StopRequest) -> None:
         self.stepper.network.train()
@@ -262,10 +204,10 @@ class FoldRun:
     def step(self, batch: Batch, rate: float) -> float:
         """Take one step of training at a learning rate and return its loss."""
         state = self.state
-        torch.manual_seed(_model_seed(self.setup.seed, 1 + state.iteration, self.team.rank))
+        torch.manual_seed(model_seed(self.setup.seed, 1 + state.iteration, self.team.rank))
         outcome = self.stepper.train(batch, rate, state.iteration)
         bad_steps = 0 if outcome.applied else state.bad_steps + 1
-        self.log.write(
+        self.diary.log.write(
             {
                 "kind": "step", "iteration": state.iteration, "epoch": state.epoch,
                 "loss": outcome.loss, "lr": rate, "gradient_norm": outcome.gradient_norm,
@@ -305,7 +247,7 @@ class FoldRun:
             ema = dice if ema is None else EMA_KEEP * ema + (1 - EMA_KEEP) * dice
         is_best = ema is not None and (best is None or ema > best)
         report = self._report(validation, ema=ema, is_best=is_best)
-        self.log.write({"kind": "epoch", **dataclasses.asdict(report)})
+        self.diary.log.write({"kind": "epoch", **dataclasses.asdict(report)})
         self.state = dataclasses.replace(
             state,
             epoch=state.epoch + 1,
@@ -318,12 +260,11 @@ class FoldRun:
         self._tally = EpochTally(losses=[])
         finished = self.team.decide(self.schedule.finished(self.state.epoch))
         self._save(finished=finished, best=is_best)
-        self._draw_curves()
+        self.diary.draw_curves(self.schedule.elapsed_s())
         self.schedule.overhead_took(time.monotonic() - begun)
         return report
 
     def _validate(self, sampler: PatchSampler) -> Validation:
-        network, average = self.stepper.network, self.stepper.average
         settled = self.state.validation_batches
         begun = time.monotonic()
 
@@ -335,18 +276,14 @@ class FoldRun:
             return self.team.decide(self.schedule.validation_goes_on(batches, seconds))
 
         limit = self.setup.recipe.validation_iterations if settled is None else settled
-        weights = None
-        if average is not None:
-            weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
-            network.load_state_dict(average.tensors)
-        network.eval()
-        with BatchLoader(sampler, first=0, stop=limit, samples=self._share) as loader:
-            found = validate(
+        self.stepper.network.eval()
+        with (
+            self.stepper.averaged_weights(),
+            BatchLoader(sampler, first=0, stop=limit, samples=self._share) as loader,
+        ):
+            return validate(
                 loader.next, self.stepper.evaluate, self.setup.label_map, goes_on, self.team.total
             )
-        if weights is not None:
-            network.load_state_dict(weights)
-        return found
 
     def _tell_step(self, step: int, *, validating: bool) -> None:
         if self._on_step is None:
@@ -397,26 +334,12 @@ class FoldRun:
             self.state,
             losses=tuple(self._tally.losses),
             elapsed_s=self.schedule.elapsed_s(),
-            log_bytes=self.log.sync(),
+            log_bytes=self.diary.log.sync(),
             scaler=dict(scaler.state_dict()) if scaler.is_enabled() else None,
             finished=finished,
         )
         if self.team.leads:
             self._keeper.save(self.state, best=best)
-
-    def _draw_curves(self, *, force: bool = False) -> None:
-        now = self.schedule.elapsed_s()
-        if not self.team.leads:
-            return
-        if not force and now - self._curves_at < CURVES_EVERY_S:
-            return
-        from medmamba.evaluation.curves import plot_curves
-
-        self._curves_at = now
-        self.log.sync()
-        folder = self.setup.run_folder
-        title = f"{self.setup.network.name}, {'/'.join(folder.parts[-2:])}"
-        plot_curves(read_log(folder / LOG), folder / CURVES, title=title)
 
     def result(self) -> TrainingResult:
         state = self.state
@@ -431,17 +354,3 @@ class FoldRun:
             best=self._keeper.best,
             precision=self.precision,
         )
-
-
-def batch_size_on(recipe: TrainingRecipe, device: torch.device) -> int:
-    """Return the patches per step: the plan's, or on a CPU at most the recipe's limit."""
-    if device.type == "cpu" and recipe.cpu_batch_size is not None:
-        return min(recipe.batch_size, recipe.cpu_batch_size)
-    return recipe.batch_size
-
-
-def _model_seed(seed: int, number: int, rank: int = 0) -> int:
-    # Every step has its own seed, so that stochastic depth needs no stored random state.
-    ranked = (rank,) if rank else ()
-    sequence = np.random.SeedSequence((seed, int(Stream.MODEL), number, *ranked))
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)

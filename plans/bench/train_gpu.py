@@ -30,11 +30,10 @@ from medmamba.pipeline.validating import read_validation
 from medmamba.pipeline.work import choose_configuration
 from medmamba.plans.nnunet_schema import load_plan
 from medmamba.training.recipe import TrainingRecipe
-from medmamba.training.run_files import read_log
+from medmamba.training.run_files import LOG, read_log
 from medmamba.training.sampling import Batch
 from medmamba.training.step_memory import StepConditions, step_memory
 from medmamba.training.stepping import Stepper
-from medmamba.training.trainer import LOG
 
 BIG_PATCH = (128, 128, 128)
 WARMUP = 3
