@@ -6,6 +6,7 @@ makes the case exist. Chunking follows nnU-Net's, so its own loader reads the ar
 """
 
 from dataclasses import dataclass
+from errno import EIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -362,14 +363,24 @@ def _save(
         filters=[blosc2.Filter.SHUFFLE],
         nthreads=1,
     )
-    replace_atomic(
-        path,
-        lambda temporary: blosc2.asarray(
-            np.ascontiguousarray(array),
-            urlpath=str(temporary),
-            mode="w",
-            chunks=chunks,
-            blocks=blocks,
-            cparams=parameters,
-        ),
-    )
+    whole = np.ascontiguousarray(array)
+
+    def write(temporary: Path) -> None:
+        try:
+            blosc2.asarray(
+                whole,
+                urlpath=str(temporary),
+                mode="w",
+                chunks=chunks,
+                blocks=blocks,
+                cparams=parameters,
+            )
+        except RuntimeError as error:
+            # blosc2 does not say why it could not write; the system does where it is asked to
+            # take more than what that would have been.
+            with temporary.open("wb") as handle:
+                for _ in range(2):
+                    handle.write(whole.data)
+            raise OSError(EIO, f"blosc2: {error}") from error
+
+    replace_atomic(path, write)

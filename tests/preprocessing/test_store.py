@@ -1,9 +1,13 @@
+import sys
+from pathlib import Path
+
+import blosc2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medmamba.errors import DatasetError
+from medmamba.errors import DatasetError, EnvironmentFault
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord
 from medmamba.preprocessing.store import (
     CHUNK_PER_PATCH,
@@ -87,6 +91,35 @@ def test_damage_is_an_error_that_names_the_file(tmp_path) -> None:
         store.open("case_1")
     (tmp_path / "case_1.json").write_text("{}")
     assert not store.has("case_1", "k")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
+def test_a_disk_that_fills_up_is_said_to_and_what_is_finished_stays(tmp_path) -> None:
+    import resource
+
+    store = CaseStore(tmp_path)
+    store.write("a", made_case(), key="k", patch_size=(4, 4, 4))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(EnvironmentFault, match=r"b\.b2nd: .*File too large") as caught:
+            store.write("b", made_case(), key="k", patch_size=(4, 4, 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == "E_IO_WRITE"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_blosc2_cannot_explain_is_an_error_of_the_disk(tmp_path, monkeypatch) -> None:
+    def broken(*arguments, urlpath: str, **options) -> None:
+        Path(urlpath).write_bytes(b"half")
+        raise RuntimeError("Error while creating the NDArray")
+
+    monkeypatch.setattr(blosc2, "asarray", broken)
+    with pytest.raises(EnvironmentFault, match="Error while creating"):
+        CaseStore(tmp_path).write("a", made_case(), key="k", patch_size=(4, 4, 4))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_case_gives_the_same_bytes(tmp_path) -> None:
