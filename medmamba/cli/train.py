@@ -177,6 +177,14 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Bit-exact on GPUs too (CPU runs always are).")
     ] = False,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Replay steps on a GPU from a CUDA graph where its memory allows: the same "
+            "steps, without the time their launches take.",
+        ),
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again although this run exists.")
     ] = False,
@@ -229,6 +237,7 @@ def train(
         "precision": precision,
         "device": device,
         "deterministic": deterministic,
+        "cuda_graph": cuda_graph,
         "validate": validate,
         "tensorboard": tensorboard,
     }

@@ -69,6 +69,7 @@ def train(
     precision: str = "auto",
     device: str = "auto",
     deterministic: bool = False,
+    cuda_graph: bool = True,
     validate: bool = True,
     tensorboard: bool = False,
     on_epoch: "Callable[[EpochReport], None] | None" = None,
@@ -111,6 +112,7 @@ def train(
         precision: ``auto`` takes bf16 where the device has it natively.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         deterministic: bit-exact on GPUs too; CPU runs always are.
+        cuda_graph: replay steps on a GPU from a CUDA graph where they fit into its memory twice.
         validate: at the end, predict and score the fold's validation cases as wholes.
         tensorboard: also write curves for TensorBoard (extra ``tensorboard``).
         on_epoch: called after every epoch.
@@ -177,6 +179,7 @@ def train(
         seed=seed,
         max_time_s=max_time,
         deterministic=deterministic,
+        cuda_graph=cuda_graph,
         extend=extend,
         start=start,
         tensorboard=tensorboard,

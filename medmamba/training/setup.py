@@ -32,6 +32,7 @@ class TrainingSetup:
         previous_folder: of a cascade, where the coarse network's labels of every case are.
         previous_identity: what made them.
         start: weights to begin with instead of fresh ones.
+        cuda_graph: replay steps on a GPU from a CUDA graph where they fit into its memory twice.
         tensorboard: also write what the log gets for TensorBoard.
     """
 
@@ -52,6 +53,7 @@ class TrainingSetup:
     previous_folder: Path | None = None
     previous_identity: str = ""
     start: Start | None = None
+    cuda_graph: bool = True
     tensorboard: bool = False
 
     @property

@@ -25,6 +25,7 @@ from medmamba.training.precision import autocast
 from medmamba.training.recipe import TrainingRecipe
 from medmamba.training.sample_threads import SampleThreads, suits
 from medmamba.training.sampling import Batch
+from medmamba.training.step_graph import StepGraph, can_record
 from medmamba.training.team import ALONE, Team
 
 
@@ -46,6 +47,7 @@ class Stepper:
         batch_size: samples this process computes of a batch, which decides how a CPU shares the
             work.
         team: the processes that share every batch.
+        graph: on a GPU, replay steps from a CUDA graph where they fit.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Stepper:
         precision: str,
         batch_size: int = 1,
         team: Team = ALONE,
+        graph: bool = True,
     ) -> None:
         if hasattr(network, "deep_supervision"):
             network.deep_supervision = recipe.deep_supervision  # type: ignore[assignment]
@@ -86,18 +89,19 @@ class Stepper:
             if suits(network, device, batch_size)
             else None
         )
+        recordable = graph and can_record(device, team.size)
+        self._graph = StepGraph(network, self._differentiate) if recordable else None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the last training step came from a CUDA graph."""
+        return self._graph is not None and self._graph.recorded
 
     def train(self, batch: Batch, learning_rate: float, iteration: int) -> StepOutcome:
         """Update the weights by one batch, unless its loss or gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._samples is not None:
-            target = self._target(batch)
-            loss = self._samples.gradients(batch.data, lambda outputs: self._loss(outputs, target))
-        else:
-            loss, _ = self._forward(batch)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self._gradients(batch)
         self._team.sum_gradients(list(self.network.parameters()))
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.network.parameters(), self._clip)
@@ -116,7 +120,7 @@ class Stepper:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return loss and full-resolution logits of a batch, with the network as it is."""
-        loss, outputs = self._forward(batch)
+        loss, outputs = self._forward(self._data(batch), self._target(batch))
         return loss, outputs[0].float()
 
     @contextmanager
@@ -138,14 +142,30 @@ class Stepper:
             if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
         ]
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        data = batch.data.to(self._device, non_blocking=True)
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Give every parameter its gradient, as a fresh start; return the loss."""
+        if self._graph is not None:
+            return self._graph.gradients(self._data(batch), self._target(batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._samples is None:
+            return self._differentiate(self._data(batch), self._target(batch))
         target = self._target(batch)
+        return self._samples.gradients(batch.data, lambda outputs: self._loss(outputs, target))
+
+    def _differentiate(self, data: Tensor, target: Tensor) -> Tensor:
+        loss, _ = self._forward(data, target)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def _forward(self, data: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:
         with autocast(self._device, self._precision):
             outputs = self.network(data)
         if isinstance(outputs, Tensor):
             outputs = [outputs]
         return self._loss(outputs, target), outputs
+
+    def _data(self, batch: Batch) -> Tensor:
+        return batch.data.to(self._device, non_blocking=True)
 
     def _target(self, batch: Batch) -> Tensor:
         labels = batch.labels.to(self._device, non_blocking=True)

@@ -119,6 +119,7 @@ class FoldRun:
             precision=self.precision,
             batch_size=len(self._share or range(self._batch_size)),
             team=team,
+            graph=setup.cuda_graph,
         )
         self._keeper = RunKeeper(setup, self.stepper)
         self.state = self._initial_state(resume)
