@@ -298,8 +298,8 @@ def resize_nearest_exact(target: Tensor, shape: Sequence[int]) -> Tensor:
     for axis, size in enumerate(shape, start=2):
         length = target.shape[axis]
         if length != size:
-            centres = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size)
-            index = centres.floor().long().clip(max=length - 1).to(target.device)
+            centres = torch.arange(size, dtype=torch.float64, device=target.device) + 0.5
+            index = (centres * (length / size)).floor().long().clip(max=length - 1)
             target = target.index_select(axis, index)
     return target
 

@@ -5,7 +5,8 @@
 
 WORK is a folder in which ``medmamba plan`` has planned one or several networks. For each: labels of
 one patch on the GPU against the CPU (float32), then steps on random patches under bfloat16 with
-time and peak memory, beside the planner's estimate, and some under float16. With ``--big`` the
+time and peak memory, beside the planner's estimate, launched one by one and replayed from a CUDA
+graph, and some under float16. With ``--big`` the
 same for two samples of 128x128x128. With ``--train-seconds`` each network is trained on fold 0 for
 so long, as ``medmamba train`` does, and its validation cases are scored; with ``--images`` it then
 predicts those on the GPU and on the CPU, and the labels are compared.
@@ -36,7 +37,7 @@ from medmamba.training.step_memory import StepConditions, step_memory
 from medmamba.training.stepping import Stepper
 
 BIG_PATCH = (128, 128, 128)
-WARMUP = 3
+WARMUP = 6
 CUDA = torch.device("cuda")
 
 
@@ -51,7 +52,14 @@ def batch_of(spec: NetworkSpec, size: int) -> Batch:
 
 
 def steps(
-    spec: NetworkSpec, recipe: TrainingRecipe, label_map: Any, size: int, precision: str, s: float
+    spec: NetworkSpec,
+    recipe: TrainingRecipe,
+    label_map: Any,
+    size: int,
+    precision: str,
+    s: float,
+    *,
+    graph: bool = False,
 ) -> dict[str, Any]:
     """Train for some seconds; times, peak bytes and whether all was finite."""
     torch.manual_seed(0)
@@ -59,7 +67,9 @@ def steps(
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     network = build_network(spec).to(CUDA).train()
-    stepper = Stepper(network, recipe, label_map, device=CUDA, precision=precision, batch_size=size)
+    stepper = Stepper(
+        network, recipe, label_map, device=CUDA, precision=precision, batch_size=size, graph=graph
+    )
     batch, times, finite, skipped = batch_of(spec, size), [], True, 0
     end = time.monotonic() + s
     while len(times) < WARMUP + 3 or time.monotonic() < end:
@@ -74,6 +84,7 @@ def steps(
             break
     return {
         "precision": precision,
+        "replayed": stepper.replays,
         "step_ms": statistics.median(times[WARMUP:]) * 1e3,
         "spread_ms": statistics.pstdev(times[WARMUP:]) * 1e3,
         "steps": len(times),
@@ -111,6 +122,9 @@ def measure(path: Path, seconds: float, compare: bool) -> dict[str, Any]:
     estimate = step_memory(spec, recipe.batch_size, conditions)
     for precision, length in (("bf16", seconds), ("fp16", 2.0)):
         row[precision] = steps(spec, recipe, plan.label_map, recipe.batch_size, precision, length)
+    row["replayed"] = steps(
+        spec, recipe, plan.label_map, recipe.batch_size, "bf16", seconds, graph=True
+    )
     row["estimate_bytes"] = estimate
     row["estimate_over_peak"] = estimate / row["bf16"]["peak_bytes"]
     return row
