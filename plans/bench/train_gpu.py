@@ -6,10 +6,10 @@
 WORK is a folder in which ``medmamba plan`` has planned one or several networks. For each: labels of
 one patch on the GPU against the CPU (float32), then steps on random patches under bfloat16 with
 time and peak memory, beside the planner's estimate, launched one by one and replayed from a CUDA
-graph, and some under float16. With ``--big`` the
-same for two samples of 128x128x128. With ``--train-seconds`` each network is trained on fold 0 for
-so long, as ``medmamba train`` does, and its validation cases are scored; with ``--images`` it then
-predicts those on the GPU and on the CPU, and the labels are compared.
+graph, and some under float16. With ``--big`` the same for two samples of 128x128x128. With
+``--train-seconds`` each network is trained on fold 0 for so long, as ``medmamba train`` does, and
+its validation cases are scored; with ``--images`` it then predicts those on the GPU and on the CPU,
+and the labels are compared.
 """
 
 import argparse
