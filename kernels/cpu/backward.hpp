@@ -82,7 +82,7 @@ constexpr int kBackwardRows = 12;
 
 int64_t backward_scratch(const Problem& p) {
   return kBackwardRows * kTileFloats + 3 * kTile * S * kWidth + 2 * kTile * p.padded_state() +
-         2 * kTile * kSumFloats;
+         2 * kTile * kSumFloats + 2 * share_floats(p);
 }
 
 BackwardTile lay_out(const Problem& p, float* scratch) {
@@ -103,6 +103,8 @@ BackwardTile lay_out(const Problem& p, float* scratch) {
   for (float** group : groups) *group = take(kTile * S * kWidth);
   tile.lanes_B = take(kTile * kSumFloats);
   tile.lanes_C = take(kTile * kSumFloats);
+  tile.pair_B = take(share_floats(p));
+  tile.pair_C = take(share_floats(p));
   tile.B = take(kTile * p.padded_state());
   tile.C = take(kTile * p.padded_state());
   tile.padded_state = int(p.padded_state());
@@ -143,14 +145,26 @@ void finish_backward(const Problem& p, const Item& item, const Block& block, con
 }
 
 // Adds the lanes of one block to what the blocks before have left.
-void add_lanes(const float* lanes, float* share, bool accumulate, int count) {
+void add_lanes(const float* lanes, const Target& target, int count) {
   for (int at = 0; at < count * kSumFloats; at += 4) {
     Four sum, before;
     std::memcpy(&sum, lanes + at, sizeof(Four));
-    std::memcpy(&before, share + at, sizeof(Four));
-    if (accumulate) sum = before + sum;
-    std::memcpy(share + at, &sum, sizeof(Four));
+    if (target.other != nullptr) {
+      std::memcpy(&before, target.other + at, sizeof(Four));
+      sum = before + sum;
+    }
+    if (target.accumulate) {
+      std::memcpy(&before, target.to + at, sizeof(Four));
+      sum = before + sum;
+    }
+    std::memcpy(target.to + at, &sum, sizeof(Four));
   }
+}
+
+// Where block i of an item leaves its sums over channels: those of the second pair apart until both are there.
+Target target_of(float* share, float* pair, int i, int blocks) {
+  if (i < 2 || blocks == 3) return {share, nullptr, i > 0};
+  return i == 2 ? Target{pair, nullptr, false} : Target{share, pair, true};
 }
 
 // All groups of states of one block, and its sums over channels after those of the item's blocks before.
@@ -162,7 +176,9 @@ void walk_block(const Problem& p, const Item& item, const BackwardTile& tile, in
   const int last = item.half == 0 ? half : tile.padded_state;
   const bool direct = kVectors == 1 && tile.segment == 0;
   for (int n = item.half == 1 ? half : 0; n < last; n += S) {
-    float *to_B = share_B + n / S * kGroupShare, *to_C = share_C + n / S * kGroupShare;
+    const int64_t group = n / S * kGroupShare;
+    const Target to_B = target_of(share_B + group, tile.pair_B + group, i, item.blocks);
+    const Target to_C = target_of(share_C + group, tile.pair_C + group, i, item.blocks);
     for (int lane = 0; lane < kLanes; lane += kWidth) {
       const int64_t at = n * kLanes + lane;
       const StateGroup g = {carry.rates + at,
@@ -172,16 +188,15 @@ void walk_block(const Problem& p, const Item& item, const BackwardTile& tile, in
                             tile.sums[n >= half],
                             lane,
                             n,
-                            direct ? to_B : tile.lanes_B,
-                            direct ? to_C : tile.lanes_C,
-                            direct ? i > 0 : lane > 0,
+                            direct ? to_B : Target{tile.lanes_B, nullptr, lane > 0},
+                            direct ? to_C : Target{tile.lanes_C, nullptr, lane > 0},
                             n == 0 || n == half};
       backward_states(p, tile, g, first_position(p, number), count, ordinary, asked);
       asked = nullptr;
     }
     if (direct) continue;
-    add_lanes(tile.lanes_B, to_B, i > 0, count);
-    add_lanes(tile.lanes_C, to_C, i > 0, count);
+    add_lanes(tile.lanes_B, to_B, count);
+    add_lanes(tile.lanes_C, to_C, count);
   }
 }
 

@@ -25,6 +25,7 @@ struct BackwardTile {
   float* local;            // the same for the local state of a segment
   float *B, *C;
   float *lanes_B, *lanes_C;  // sums over lanes under way of one group of states, [token][kSumFloats]
+  float *pair_B, *pair_C;    // of the second two blocks of an item, like a share
   int padded_state;
   int segment;
   bool gated;
@@ -39,9 +40,7 @@ struct StateGroup {
   Sums sums;
   int lane;   // first lane of the vector
   int state0; // first state
-  // Where the sums over channels of these states go, and whether to add to what is there.
-  float *sums_B, *sums_C;
-  bool accumulate;
+  Target sums_B, sums_C;  // over channels
   bool fresh;  // the first states of their half: nothing to add to in `sums`
 };
 
@@ -68,7 +67,7 @@ void recompute_states(const BackwardTile& tile, const StateGroup& g, int from, i
       if (kGated) y += C[n] * seen;
     }
     if (kGated) store(g.sums.y + row, g.fresh ? y : load(g.sums.y + row) + y);
-    begin_sums(grad_C, g.sums_C + t * kSumFloats, g.accumulate);
+    begin_sums(grad_C, g.sums_C, t);
     if (ahead != nullptr) Prefetch::ask(*ahead, t);
   }
 }
@@ -91,7 +90,7 @@ void recompute_local(const BackwardTile& tile, const StateGroup& g, int count) {
       y += C[n] * local;
     }
     if (tile.gated) store(g.sums.y + row, load(g.sums.y + row) + y);
-    begin_sums(grad_C, g.sums_C + t * kSumFloats, true);
+    begin_sums(grad_C, {g.sums_C.to, nullptr, true}, t);
   }
 }
 
@@ -127,7 +126,7 @@ void walk_local(const BackwardTile& tile, const StateGroup& g, int count) {
       grad_B[n] = x * input[n];
     }
     add_token(g, row, B, A, input, q, g.fresh);
-    begin_sums(grad_B, g.sums_B + t * kSumFloats, g.accumulate);
+    begin_sums(grad_B, g.sums_B, t);
   }
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     store(g.grad_A + n * kLanes, load(g.grad_A + n * kLanes) + dA[n]);
@@ -141,7 +140,8 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int from, int to) 
     r[n] = load(g.adjoint + n * kLanes);
     A[n] = load(g.rates + n * kLanes);
   }
-  const bool accumulate = g.accumulate || tile.segment > 0, fresh = g.fresh && tile.segment == 0;
+  const Target sums_B = {g.sums_B.to, g.sums_B.other, g.sums_B.accumulate || tile.segment > 0};
+  const bool fresh = g.fresh && tile.segment == 0;
   for (int t = to - 1; t >= from; --t) {
     const float* B = tile.B + t * tile.padded_state + g.state0;
     const float* C = tile.C + t * tile.padded_state + g.state0;
@@ -157,7 +157,7 @@ void walk_back(const BackwardTile& tile, const StateGroup& g, int from, int to) 
       grad_B[n] = x * input[n];
     }
     add_token(g, row, B, A, input, q, fresh);
-    begin_sums(grad_B, g.sums_B + t * kSumFloats, accumulate);
+    begin_sums(grad_B, sums_B, t);
   }
   MEDMAMBA_UNROLL for (int n = 0; n < S; ++n) {
     store(g.adjoint + n * kLanes, r[n]);

@@ -10,18 +10,28 @@ namespace {
 constexpr int S = 4;  // states of a group: their recurrences and dA fill the registers
 static_assert(S == kStatePadding, "groups must cover the padded states");
 
+// Where sums over channels go, [token][kSumFloats], and to what they are added: first to other, where it is not null,
+// then to what is there.
+struct Target {
+  float* to;
+  const float* other;
+  bool accumulate;
+};
+
 // Sums over the lanes of four states are carried as one vector until all channels are added: the last steps are
 // shared.
 #if defined(__AVX512F__)
 constexpr int kSumFloats = 16;  // state n in the lanes 4n to 4n + 3
 
-MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
+MEDMAMBA_INLINE void begin_sums(const Vec* v, const Target& target, int t) {
   const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(__m512(v[0]), __m512(v[1]), 0x44),
                                  _mm512_shuffle_f32x4(__m512(v[0]), __m512(v[1]), 0xee));
   const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(__m512(v[2]), __m512(v[3]), 0x44),
                                  _mm512_shuffle_f32x4(__m512(v[2]), __m512(v[3]), 0xee));
-  const Vec c = Vec(_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)));
-  store(to, accumulate ? load(to) + c : c);
+  Vec c = Vec(_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)));
+  float* to = target.to + t * kSumFloats;
+  if (target.other != nullptr) c = load(target.other + t * kSumFloats) + c;
+  store(to, target.accumulate ? load(to) + c : c);
 }
 
 // Four tokens at once: [token][pitch], four states each.
@@ -41,7 +51,8 @@ MEDMAMBA_INLINE void end_sums(const float* from, float* to, int64_t pitch) {
 #else
 constexpr int kSumFloats = 4;
 
-MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
+MEDMAMBA_INLINE void begin_sums(const Vec* v, const Target& target, int t) {
+  float* to = target.to + t * kSumFloats;
   Four sums[4];
   for (int n = 0; n < 4; ++n) {
     Four parts[kWidth / 4];
@@ -52,7 +63,7 @@ MEDMAMBA_INLINE void begin_sums(const Vec* v, float* to, bool accumulate) {
   transpose(sums);
   Four total = (sums[0] + sums[1]) + (sums[2] + sums[3]), before;
   std::memcpy(&before, to, sizeof(Four));
-  if (accumulate) total += before;
+  if (target.accumulate) total += before;
   std::memcpy(to, &total, sizeof(Four));
 }
 
@@ -64,6 +75,10 @@ MEDMAMBA_INLINE void end_sums(const float* from, float* to, int64_t pitch) {
 // A share: [group of states][token][kSumFloats].
 constexpr int kGroupShare = kTile * kSumFloats;
 int64_t share_floats(const Problem& p) { return p.padded_state() / S * kGroupShare; }
+
+void add_share(const float* from, int64_t floats, float* to) {
+  for (int64_t i = 0; i < floats; i += kWidth) store(to + i, load(to + i) + load(from + i));
+}
 
 template <class T>
 void store_projection_as(const Rows& rows, int64_t offset, int64_t token, const float* from, int count) {

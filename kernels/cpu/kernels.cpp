@@ -26,8 +26,8 @@ void add_channels(const Problem& p, int64_t number, const float* from, float* to
 
 const Kernels kernels = {MEDMAMBA_ISA_NAME, forward,          forward_scratch,
                          begin_backward,    backward_tile,    backward_scratch,
-                         share_floats,      add_state,        add_channels,
-                         store_projection};
+                         share_floats,      add_share,        add_state,
+                         add_channels,      store_projection};
 
 }  // namespace MEDMAMBA_ISA
 

@@ -69,7 +69,7 @@ struct Problem {
 };
 
 // Sums over states are taken as those of the first half plus those of the second, whoever computes them. Sums over
-// channels (dB, dC) are taken over kMaxBlocks blocks one after the other, and then over what these have.
+// channels (dB, dC) are taken over two blocks, then over two pairs of them, then over these fours one after the other.
 // Up to kMaxBlocks neighbouring blocks of one group of one sequence: what one thread works on. In the backward one,
 // or as many as there are.
 constexpr int kMaxBlocks = 4;
@@ -125,6 +125,7 @@ struct Kernels {
   int64_t (*backward_scratch)(const Problem&);
   // Floats of the share of one tile in dB or dC: sums over channels under way, the first half of the states first.
   int64_t (*share_floats)(const Problem&);
+  void (*add_share)(const float* from, int64_t floats, float* to);
   // [state][lane] and [lane] of one block into (channels, state) and (channels).
   void (*add_state)(const Problem&, const Item&, int64_t block, const float* from, float* to);
   void (*add_channels)(const Problem&, int64_t block, const float* from, float* to);

@@ -26,6 +26,7 @@ from medmamba.kernels.arguments import (
     empty_rows,
 )
 from medmamba.kernels.backend import choose
+from medmamba.kernels.eager import is_plain
 from medmamba.kernels.placement import is_on_gpu
 from medmamba.kernels.scan_order import INTEGERS, ScanOrder, require_permutation
 
@@ -45,6 +46,7 @@ _BACKWARD = (
 )
 _DIFFERENTIABLE = len(Needs._fields)
 _REQUIRED = 5  # the first of them: u, delta, A, B, C
+_TENSOR_COUNT = _DIFFERENTIABLE + 1  # with the order
 _NAMES = (
     *Needs._fields,
     "order",
@@ -131,7 +133,10 @@ def selective_scan(
     tracked = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in values[:_DIFFERENTIABLE]
     )
-    if tracked or torch.compiler.is_compiling():
+    if is_plain(values[:_TENSOR_COUNT]):
+        run: Any = _Scan.apply if tracked else _forward
+        out, h_last, _ = run(*values, tracked)
+    elif tracked or torch.compiler.is_compiling():
         out, h_last, _ = _SCAN(*values, tracked)
     else:  # nothing for autograd to do, whose Python costs as much as a short scan
         out, h_last, _ = _below_autograd(_SCAN, (*values, False))
@@ -407,11 +412,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Run below autograd and keep the inputs and the chunk states."""
-        out, h_last, states = _below_autograd(_SCAN, values)
+        plain = is_plain(values[:_TENSOR_COUNT])
+        out, h_last, states = _forward(*values) if plain else _below_autograd(_SCAN, values)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(states)
-        ctx.save_for_backward(*values[: _DIFFERENTIABLE + 1], states)
-        ctx.options = values[_DIFFERENTIABLE + 1 : -1]
+        ctx.save_for_backward(*values[:_TENSOR_COUNT], states)
+        ctx.options = values[_TENSOR_COUNT:-1]
         return out, h_last, states
 
     @staticmethod
@@ -419,7 +425,9 @@ class _Scan(torch.autograd.Function):
         """Gradients of the tensors that want one."""
         *tensors, states = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-        found = _SCAN_BACKWARD(grads[0], grads[1], states, *tensors, *ctx.options, needs)
+        plain = not torch.is_grad_enabled() and is_plain((*grads[:2], states, *tensors))
+        run: Any = _backward if plain else _SCAN_BACKWARD
+        found = run(grads[0], grads[1], states, *tensors, *ctx.options, needs)
         wanted = (
             grad if need and tensor is not None else None
             for grad, need, tensor in zip(found, needs, tensors, strict=False)

@@ -182,7 +182,7 @@ def gradients(arguments: ScanArguments, threads: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("batch", "channels", "state"),
-    [(1, 16, 16), (1, 16, 20), (2, 16, 8), (2, 64, 16), (1, 200, 16)],
+    [(1, 16, 16), (1, 16, 20), (2, 16, 8), (1, 64, 16), (2, 64, 16), (1, 200, 16)],
 )
 @pytest.mark.parametrize("segment", [0, 16])
 def test_bits_do_not_depend_on_threads(batch: int, channels: int, state: int, segment: int) -> None:

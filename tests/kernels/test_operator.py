@@ -13,6 +13,8 @@ from scan_cases import (
     relative_error,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medmamba.errors import KernelError
 from medmamba.kernels import (
@@ -165,6 +167,40 @@ def test_exports() -> None:
     for tokens in (6, 40):
         inputs = (torch.randn(1, tokens, 4), torch.randn(1, tokens, 2))
         torch.testing.assert_close(program.module()(*inputs), module(*inputs))
+
+
+class Seen(TorchDispatchMode):
+    """The operators that are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def step(inputs: dict[str, Tensor]) -> list[Tensor]:
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    out = selective_scan(**leaves, delta_softplus=True)
+    out.square().sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)]
+
+
+def test_whoever_looks_sees_one_operator() -> None:
+    """Plain calls go past the dispatcher; modes and profilers are shown the same by name."""
+    inputs = {name: torch.randn(1, 9, 4) for name in ("u", "delta", "B", "C", "gate")}
+    inputs["A"] = -torch.rand(4, 4)
+    plain = step(inputs)
+    with Seen() as seen:
+        shown = step(inputs)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step(inputs)
+    names = {"medmamba::selective_scan", "medmamba::selective_scan_bwd"}
+    assert names <= set(seen.names)
+    assert names <= {event.key for event in profiled.key_averages()}
+    assert all(torch.equal(a, b) for a, b in zip(plain, shown, strict=True))
 
 
 def test_works_under_autocast() -> None:
