@@ -1,6 +1,7 @@
 """Where a patch comes from: the box to read for it, and rotation and scaling in one resampling.
 
-All samples of a batch that move are resampled at once, on the device where the batch will be.
+All samples of a batch that move are resampled at once, on the device where the batch will be. MONAI
+resamples labels by the nearest voxel and not by the largest score, so this is ours.
 Legend: B batch, n samples that move, C channels, L label maps, P patch size, N size of a box.
 Boxes are half open and may reach outside the image; outside is data 0 and label -1.
 """
