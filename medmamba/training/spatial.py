@@ -191,7 +191,7 @@ def _largest_score(labels: Tensor, sample: Callable[[Tensor], Tensor], like: Ten
 
 def _present_values(labels: Tensor) -> list[int]:
     # Only labels that occur are sampled; counting is much faster than sorting for torch.unique.
-    present = torch.bincount(labels.flatten().long() - OUTSIDE).nonzero().flatten() + OUTSIDE
+    present = torch.bincount(labels.flatten().int() - OUTSIDE).nonzero().flatten() + OUTSIDE
     return [value for value in present.tolist() if value != OUTSIDE]
 
 
