@@ -140,59 +140,59 @@ def _resample(
     All are sampled from boxes of one size, with nothing in what was not read. It is always the
     same size, so that a patch does not depend on its neighbours.
     """
-    data = _spread([region.data for region in regions], outer, 0, device)
-    labels = _spread([region.labels for region in regions], outer, OUTSIDE, device)
     apart = int(in_plane)
     size = _size(regions[0].inner)[apart:]
     grid = _grid([_theta(region, outer, apart) for region in regions], size).to(device)
 
-    def sample(boxes: Tensor) -> Tensor:
+    def sample(arrays: Sequence[Tensor]) -> Tensor:
+        boxes = _spread(arrays, outer)
         folded = boxes.flatten(1, 1 + apart)
         found = functional.grid_sample(
             folded, grid, mode="bilinear", padding_mode="zeros", align_corners=False
         )
         return found.reshape(*boxes.shape[: 2 + apart], *size)
 
-    moved = sample(data)
-    picked = [_largest_score(one, sample, moved[:, 0]) for one in labels.unbind(1)]
+    moved = sample([region.data.to(device) for region in regions])
+    maps = [region.labels.to(device) for region in regions]
+    picked = [_largest_score(one, sample, moved[:, 0]) for one in zip(*maps, strict=True)]
     return moved, torch.stack(picked, 1)
 
 
-def _spread(
-    arrays: Sequence[Tensor], outer: Sequence[int], fill: int, device: torch.device
-) -> Tensor:
-    """Lay arrays (C, *N) into the low corners of boxes (n, C, *outer)."""
+def _spread(arrays: Sequence[Tensor], outer: Sequence[int]) -> Tensor:
+    """Lay arrays (C, *N) into the low corners of boxes (n, C, *outer) of zeros, as float32."""
     shape = (len(arrays), len(arrays[0]), *outer)
-    boxes = torch.full(shape, fill, dtype=arrays[0].dtype, device=device)
+    boxes = torch.zeros(shape, dtype=torch.float32, device=arrays[0].device)
     for box, array in zip(boxes, arrays, strict=True):
-        box[(slice(None), *(slice(size) for size in array.shape[1:]))] = array.to(device)
+        box[(slice(None), *(slice(size) for size in array.shape[1:]))] = array
     return boxes
 
 
-def _largest_score(labels: Tensor, sample: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Sample labels (n, *N) and return the winners, shaped as ``like`` (n, *P).
+def _largest_score(
+    labels: Sequence[Tensor], sample: Callable[[Sequence[Tensor]], Tensor], like: Tensor
+) -> Tensor:
+    """Sample n labels (*N) and return the winners, shaped as ``like`` (n, *P).
 
     Weights of linear sampling sum to 1, so what no label claims is the share of the outside.
     A running maximum, because argmax along the slowest axis is slow on CPUs, and few labels at
     once, because each takes as much memory as the image.
     """
     best, claimed = torch.zeros_like(like), torch.zeros_like(like)
-    winners = torch.full_like(like, OUTSIDE, dtype=labels.dtype)
-    values = _present_values(labels)
+    winners = torch.full_like(like, OUTSIDE, dtype=labels[0].dtype)
+    values = sorted(set().union(*map(_present_values, labels)))
     for first in range(0, len(values), LABELS_AT_ONCE):
         some = values[first : first + LABELS_AT_ONCE]
-        members = torch.stack([labels == value for value in some], 1).to(like.dtype)
-        for value, score in zip(some, sample(members).unbind(1), strict=True):
+        scores = sample([torch.stack([one == value for value in some]) for one in labels])
+        for value, score in zip(some, scores.unbind(1), strict=True):
             winners.masked_fill_(score >= best, value)
             best = torch.maximum(best, score)
             claimed += score
     return winners.masked_fill_(best < 1 - claimed, OUTSIDE)
 
 
-def _present_values(labels: Tensor) -> list[int]:
+def _present_values(labels: Tensor) -> set[int]:
     # Only labels that occur are sampled; counting is much faster than sorting for torch.unique.
     present = torch.bincount(labels.flatten().int() - OUTSIDE).nonzero().flatten() + OUTSIDE
-    return [value for value in present.tolist() if value != OUTSIDE]
+    return set(present.tolist()) - {OUTSIDE}
 
 
 def _size(box: Box) -> list[int]:
