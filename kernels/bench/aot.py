@@ -46,6 +46,7 @@ KERNELS = {
     triton_backward: ("forward_pass", "reverse_pass"),
 }
 INT32_LIMIT = 2**31
+ENDS_A_BLOCK = re.compile(r"BRA 0x|EXIT|s_branch|s_endpgm|s_setpc")
 SHAPE = (1, 8192, 128, 16)  # batch, length, channels, state: several chunks, whole tiles
 
 
@@ -239,17 +240,44 @@ def _read_amd(listing: str) -> tuple[dict[str, int], list[str]]:
 
 
 def _innermost(code: list[tuple[int, str]], branches: list[tuple[int, int]]) -> list[str]:
-    """The longest loop that holds no other loop."""
-    loops = [(to, at) for to, at in branches if to < at]
-    inner = [
-        loop
-        for loop in loops
-        if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
+    """The largest loop that holds no other loop, wherever the compiler put its blocks."""
+    places = {address: place for place, (address, _) in enumerate(code)}
+    jumps = [(places[source], places[target]) for target, source in branches]
+    edges = jumps + [
+        (place, place + 1)
+        for place, (_, instruction) in enumerate(code[:-1])
+        if not ENDS_A_BLOCK.match(instruction)
     ]
-    if not inner:
-        return [instruction for _, instruction in code]
-    first, last = max(inner, key=lambda loop: loop[1] - loop[0])
-    return [instruction for address, instruction in code if first <= address <= last]
+    forwards, backwards = _neighbours(edges), _neighbours([(to, at) for at, to in edges])
+    loops: dict[int, set[int]] = {}
+    heads = {target for _, target in jumps}
+    for source, target in edges:
+        if target not in heads or source not in _reached(0, forwards):
+            continue
+        if source not in _reached(0, forwards, around=target):  # it is the target that leads there
+            body = _reached(source, backwards, around=target) | {target}
+            loops.setdefault(target, set()).update(body)
+    inner = [loop for loop in loops.values() if not any(other < loop for other in loops.values())]
+    chosen = max(inner, key=len, default=set(range(len(code))))
+    return [code[place][1] for place in sorted(chosen)]
+
+
+def _neighbours(edges: list[tuple[int, int]]) -> dict[int, list[int]]:
+    following: dict[int, list[int]] = {}
+    for at, to in edges:
+        following.setdefault(at, []).append(to)
+    return following
+
+
+def _reached(start: int, following: dict[int, list[int]], around: int | None = None) -> set[int]:
+    """All places that can be reached from one, itself included, without a step onto `around`."""
+    found, waiting = set(), [start]
+    while waiting:
+        place = waiting.pop()
+        if place != around and place not in found:
+            found.add(place)
+            waiting += following.get(place, [])
+    return found
 
 
 def _output(*command: object) -> str:

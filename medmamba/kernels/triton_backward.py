@@ -435,33 +435,41 @@ def reverse_pass(
                     dt = softplus(raw)
                 driven = dt * x
                 running += dy * seen_sum
-                # What enters from behind the block is in the anchor, without this token's input.
-                balanced = tl.where(i == 0, 0.0, driven)
-                weighted = elapsed * balanced
+                # B g is B r, summed here, and B C dy, whose sum over states no channel changes.
                 pushed = tl.zeros([BD], tl.float32)
                 total = tl.zeros([BD], tl.float32)
+                fed = ()
+                for n in tl.static_range(N):
+                    part = spread(b, n, BD, LANE_BITS) * carry[n]
+                    pushed += part
+                    fed = fed + (part,)
+                # What enters from behind the block is in the anchor, without this token's input.
+                # The branch also ends the life of `fed` here: assemblers put such sums off to the
+                # end of the token and ran out of registers.
+                if i > 0:
+                    weighted = elapsed * driven
+                    sloped = ()
+                    for n in tl.static_range(N):
+                        total += A2[n] * fed[n]
+                        sloped = sloped + (slope[n] - weighted * fed[n],)
+                    slope = sloped
+                    running -= driven * total
+                if not EXCLUSIVE:
+                    pushed += dy * tl.sum(b * c)
                 moved = ()
-                sloped = ()
                 pending = no_sums(LEVELS, LANE_BITS)
                 for n in tl.static_range(N):
                     g = carry[n] + dy * spread(c, n, BD, LANE_BITS)
                     felt = g
                     if EXCLUSIVE:
                         felt = carry[n]
-                    weight = spread(b, n, BD, LANE_BITS)
-                    fed = weight * carry[n]
-                    pushed += weight * felt
-                    total += A2[n] * fed
-                    sloped = sloped + (slope[n] - weighted * fed,)
                     moved = moved + (tl.exp2(dt * A2[n]) * g,)
                     if grad_B is not None:
                         share = fold(driven * felt, BD, LANE_BITS)
                         pending, total_of = add_state(pending, share, n, LEVELS, LANE_BITS)
                 carry = moved
-                slope = sloped
                 if grad_B is not None:
                     store_sums(grad_B + row * groups * N, pending, total_of, N, LEVELS, LANE_BITS)
-                running -= balanced * total
                 elapsed -= dt
                 du = dt * pushed
                 ddt = x * pushed + LN2 * running
