@@ -4,7 +4,8 @@
 
 Runs the real host code over tensors without memory, records what it would launch, compiles exactly
 that for each architecture, and reads registers, spills and the innermost loop from the machine
-code: an element is one (batch, token, channel, state), and counts are per element and thread.
+code: an element is one (batch, token, channel, state), for the convolution one (batch, token,
+channel), and counts are per element and thread.
 Needs the disassembler that triton ships (NVIDIA); AMD's listing comes from the compiler itself.
 """
 
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget  # noqa: TID251
 from triton.compiler import ASTSource  # noqa: TID251
 
 from medmamba.kernels import triton as scan_triton
-from medmamba.kernels import triton_backward, triton_forward, triton_parts
+from medmamba.kernels import triton_backward, triton_conv, triton_forward, triton_parts
 from medmamba.kernels.arguments import Needs, ScanArguments
 from medmamba.kernels.triton_cut import Tuning
 
@@ -44,7 +45,9 @@ TYPE_NAMES |= {torch.int32: "i32"}
 KERNELS = {
     triton_forward: ("chunk_state", "state_pass", "chunk_scan"),
     triton_backward: ("forward_pass", "reverse_pass"),
+    triton_conv: ("conv_forward", "conv_backward"),
 }
+TAPS = 4
 INT32_LIMIT = 2**31
 ENDS_A_BLOCK = re.compile(r"BRA 0x|EXIT|s_branch|s_endpgm|s_setpc")
 SHAPE = (1, 8192, 128, 16)  # batch, length, channels, state: several chunks, whole tiles
@@ -97,10 +100,15 @@ def arguments_of(
 
 
 def launches_of(arguments: ScanArguments, tuning: Tuning) -> list[Launch]:
-    """What a forward and a backward of these arguments launch, each kind once."""
+    """What a forward and a backward of scan and convolution launch, each kind once."""
     with _recorded() as launches:
         out, _, states = scan_triton.forward(arguments, save_states=True, tuning=tuning)
         scan_triton.backward(arguments, states, out, None, Needs(), tuning=tuning)
+        x, bias = arguments.u, arguments.delta_bias
+        assert bias is not None
+        weight = torch.empty((*bias.shape, TAPS), device="meta")
+        triton_conv.forward(x, weight, bias, None)
+        triton_conv.backward(x, x, weight, bias, None, None)
     return list({launch.name: launch for launch in launches}.values())
 
 
@@ -133,10 +141,8 @@ def measure(launch: Launch, arch: str, dtype: str) -> Compiled:
     """Compile one launch and count its machine code."""
     target = TARGETS[arch]
     compiled = compile_launch(launch, target)
-    tile, state = launch.arguments["BD"], launch.arguments["N"]
-    if launch.name == "state_pass":
-        state = triton_forward.PREFETCH.value  # chunks of one round of its loop
-    per_thread = tile * state / target.warp_size
+    tile, per_program = _elements(launch)
+    per_thread = per_program / target.warp_size / launch.arguments["num_warps"]
     if target.backend == "cuda":
         usage, loop = _read_nvidia(compiled.asm["cubin"])
         exponentials = sum("MUFU.EX2" in line for line in loop)
@@ -156,6 +162,17 @@ def measure(launch: Launch, arch: str, dtype: str) -> Compiled:
         exponentials=round(exponentials / elements, 2),
         shuffles=round(shuffles / elements, 2),
     )
+
+
+def _elements(launch: Launch) -> tuple[int, int]:
+    """Channels of a program, and what it does in one round of its innermost loop."""
+    if launch.name.startswith("conv"):
+        tile = launch.arguments["BE"]
+        return tile, tile * launch.arguments["BT"]
+    tile, state = launch.arguments["BD"], launch.arguments["N"]
+    if launch.name == "state_pass":
+        state = triton_forward.PREFETCH.value  # chunks
+    return tile, tile * state
 
 
 def matrix(archs: list[str], dtypes: list[str], tuning: Tuning) -> list[Compiled]:

@@ -1,9 +1,9 @@
 """Causal depthwise convolution with SiLU over channels-last tokens: the step before a Mamba scan.
 
-The compiled kernel (kernels/cpu/conv.cpp) does float32, bfloat16 and float16 on CPUs; elsewhere,
-and for float64, it is a sum of shifted products in PyTorch, which is also the definition. A chunk
-of a longer sequence brings the inputs of the tokens before it and leaves the gradients that those
-tokens need.
+The compiled kernel (kernels/cpu/conv.cpp) does float32, bfloat16 and float16 on CPUs, Triton
+(triton_conv.py) on GPUs; elsewhere, and for float64, it is a sum of shifted products in PyTorch,
+which is also the definition. A chunk of a longer sequence brings the inputs of the tokens before it
+and leaves the gradients that those tokens need.
 
 Shapes: B batch, L tokens, E channels, T taps (4 in Mamba).
 """
@@ -24,6 +24,7 @@ from medmamba.kernels.backend import forced_backend
 from medmamba.kernels.placement import is_fake, on_cpu
 
 COMPILED_TAPS = 8
+MODULES = {"native": "medmamba.kernels.native_conv", "triton": "medmamba.kernels.triton_conv"}
 COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,10 +104,12 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, history: Tensor | None = 
     Returns:
         (B, L, E) in the type of ``x``, computed in float32 at least.
     """
-    native = _native_for(x, weight)
-    if native is None:
+    if _only_sized(x):
+        return x.new_empty(x.shape)
+    compiled = _compiled_for(x, weight)
+    if compiled is None:
         return functional.silu(_window_sums(x, weight, bias, history)).to(x.dtype)
-    out: Tensor = native.forward(x, weight, bias, history)
+    out: Tensor = compiled.forward(x, weight, bias, history)
     return out
 
 
@@ -128,28 +131,41 @@ def conv_silu_backward(
         history: as in the forward.
         following: ``first`` of the chunk behind; zeros when None.
     """
-    native = _native_for(x, weight)
-    if native is not None:
-        return ConvGradients(*native.backward(grad, x, weight, bias, history, following))
+    if _only_sized(x):
+        first = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shapes = (weight.shape, bias.shape, first)
+        return ConvGradients(x.new_empty(x.shape), *(x.new_empty(s, dtype=wide) for s in shapes))
+    compiled = _compiled_for(x, weight)
+    if compiled is not None:
+        return ConvGradients(*compiled.backward(grad, x, weight, bias, history, following))
     return _backward_in_torch(grad, x, weight, bias, history, following)
 
 
-def _native_for(x: Tensor, weight: Tensor) -> ModuleType | None:
+def _only_sized(x: Tensor) -> bool:
+    """Whether memory on a GPU is being estimated, where one kernel keeps nothing in between."""
+    return is_fake(x) and not on_cpu(x)
+
+
+def _compiled_for(x: Tensor, weight: Tensor) -> ModuleType | None:
+    name = "native" if on_cpu(x) else "triton" if x.is_cuda else ""
     compiled = (
-        on_cpu(x)
+        name
         and not is_fake(x)
+        and x.numel()
         and x.dtype in COMPILED_TYPES
         and weight.shape[1] <= COMPILED_TAPS
-        and forced_backend() in ("", "native")
+        and forced_backend() in ("", name)
     )
-    return _load() if compiled else None
+    module = _load(MODULES[name]) if compiled else None
+    return None if name == "triton" and module is not None and module.refusal(x) else module
 
 
 @functools.cache
-def _load() -> ModuleType | None:
-    # The extension is the scan's: when it is missing, the scan's backend says so.
+def _load(name: str) -> ModuleType | None:
+    # Extension and triton are the scan's too: when one is missing, the scan's backend says so.
     try:
-        return importlib.import_module("medmamba.kernels.native_conv")
+        return importlib.import_module(name)
     except ImportError:
         return None
 

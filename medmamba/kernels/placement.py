@@ -6,7 +6,7 @@ one. Whoever counts what a GPU would need asks for the common forms on fake CPU 
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -41,6 +41,11 @@ def on_cpu(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" and not _gpu.get()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the GPU that a tensor is on the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def processor_name() -> str:

@@ -9,19 +9,17 @@ triton_launch.py, the cut of sequences in triton_cut.py.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton  # noqa: TID251
 from torch import Tensor
 
 from medmamba.kernels.arguments import Gradients, Needs, ScanArguments, empty_rows
-from medmamba.kernels.triton_cut import DEFAULT, Tuning, states_shape
+from medmamba.kernels.placement import on_device_of
+from medmamba.kernels.triton_cut import CAPABILITY, DEFAULT, Tuning, states_shape
 from medmamba.kernels.triton_gradients import differentiate
 from medmamba.kernels.triton_launch import Scan, laid_out_as
 
 MAX_LENGTH = 2**31 - 2**14  # positions are 32-bit inside the kernels; rows and offsets are 64-bit
-CAPABILITY = (8, 0)
 
 
 def refusal(arguments: ScanArguments) -> str | None:
@@ -55,7 +53,7 @@ def forward(
     saved = torch.empty(shape, dtype=torch.float32, device=u.device)
     if _is_empty(arguments):
         return empty_rows(u, arguments.out_dtype), _initial(arguments), saved
-    with _on_device(u):
+    with on_device_of(u):
         scan = Scan(arguments, tuning)
         last = scan.float(arguments.batch, arguments.state, arguments.channels)
         out = torch.empty(u.shape, dtype=arguments.out_dtype, device=u.device)
@@ -86,7 +84,7 @@ def backward(
         grad_out = torch.zeros_like(arguments.u)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    with _on_device(arguments.u):
+    with on_device_of(arguments.u):
         return differentiate(Scan(arguments, tuning), needs, states, grad_out, grad_h_last)
 
 
@@ -105,8 +103,3 @@ def _empty_gradients(arguments: ScanArguments, grad_h_last: Tensor | None) -> Gr
     values = (getattr(arguments, name) for name in Gradients._fields)
     zeros = Gradients(*(None if value is None else torch.zeros_like(value) for value in values))
     return zeros if grad_h_last is None else zeros._replace(h0=grad_h_last.clone())
-
-
-def _on_device(u: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device; make it the one the tensors are on."""
-    return torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext()

@@ -17,7 +17,7 @@ since the block began. Our own derivation; shapes as in triton_forward.py.
 
 # Triton is a language of its own: tuples grow by addition, ifs on constants stay apart.
 # mypy: disable-error-code="untyped-decorator,assignment,no-untyped-def,no-untyped-call"
-# ruff: noqa: B007, RUF005
+# ruff: noqa: B007, RUF005, SIM102
 
 import triton  # noqa: TID251  (part of triton's door)
 import triton.language as tl  # noqa: TID251
@@ -175,12 +175,18 @@ def forward_pass(
             entering = entering + (tl.where(s > 0, 0.0, state[n]),)
         state = entering
         blocks = tl.cdiv(stop - begin, ANCHOR)
-        for j in range(blocks):
-            block = j
+        elapsed = tl.zeros([BD], tl.float32)
+        for j in range(2 * blocks):  # each block is walked up to its last token, then that token
+            block = j // 2
             if DESCEND:
-                block = blocks - 1 - j
-            tokens = tl.minimum(ANCHOR, stop - begin - block * ANCHOR)
-            elapsed = tl.zeros([BD], tl.float32)
+                block = blocks - 1 - block
+            tokens = tl.minimum(ANCHOR, stop - begin - block * ANCHOR) - 1
+            if j % 2 == 1:
+                tokens = 1
+                for n in tl.static_range(N):
+                    tl.store(slot + n * BD, state[n])
+            else:
+                elapsed = tl.zeros([BD], tl.float32)
             for i in range(tokens):
                 row = ahead.to(tl.int64)
                 x = next_x.to(tl.float32)
@@ -205,9 +211,6 @@ def forward_pass(
                 if gate is not None:
                     next_z = fetch(gate + wide * gate_row + d, mask, EVEN)
                 at = row * channels + d
-                if i == tokens - 1:
-                    for n in tl.static_range(N):
-                        tl.store(slot + n * BD, state[n])
                 dt = step_size(raw, bias, SOFTPLUS)
                 if gate is not None:
                     y = tl.zeros([BD], tl.float32)
@@ -237,13 +240,16 @@ def forward_pass(
                     weight = spread(c, n, BD, LANE_BITS)
                     shown = weight * decayed
                     if gate is not None:
-                        y += weight * seen
+                        y += shown
                     total += A2[n] * shown
                     sloped = sloped + (slope[n] + weighted * shown,)
                     moved = moved + (h,)
                     if grad_C is not None:
                         share = fold(grad_y * seen, BD, LANE_BITS)
                         pending, total_of = add_state(pending, share, n, LEVELS, LANE_BITS)
+                if gate is not None:
+                    if not EXCLUSIVE:
+                        y += driven * tl.sum(b * c)
                 state = moved
                 slope = sloped
                 if grad_C is not None:
@@ -257,7 +263,7 @@ def forward_pass(
                     grad_z = dy * y * opened * (1.0 + z * (1.0 - opened))
                     store(grad_gate + at, grad_z, mask, EVEN)
             tl.store(slot + N * BD, elapsed)
-            slot += (N + 1) * BD
+            slot += (j % 2) * ((N + 1) * BD)
     own = sums + tl.program_id(0).to(tl.int64) * ((N + 1) * BD) + tl.arange(0, BD)
     for n in tl.static_range(N):
         tl.store(own + n * BD, slope[n])

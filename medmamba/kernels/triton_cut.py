@@ -20,6 +20,7 @@ STATE_BLOCK = 16  # states one program keeps in registers; more are walked block
 WIDE_TILE, NARROW_TILE = 64, 32
 BACKWARD_REGISTERS = 192  # ten warps on a multiprocessor, and nothing spills
 NVIDIA_LANES, AMD_LANES = 32, 64
+CAPABILITY = (8, 0)  # least of an NVIDIA device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 So it runs in a process of its own, which looks like a backend to the tests of scan_cases.py.
 """
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -64,15 +65,18 @@ class Interpreted:
         rest = (states, grad_out, grad_h_last, needs)
         return self._call("backward", arguments, *rest, tuning=self.tuning)
 
-    def _call(self, name: str, *values: Any, **options: Any) -> Any:
-        return _unpack(self.pool.submit(_run, name, _pack((values, options))).result())
+    def convolution(self, name: str, *values: Any) -> Any:
+        """A function of triton_conv.py."""
+        return self._call(name, *values, module="triton_conv")
+
+    def _call(self, name: str, *values: Any, module: str = "triton", **options: Any) -> Any:
+        return _unpack(self.pool.submit(_run, module, name, _pack((values, options))).result())
 
 
-def _run(name: str, message: bytes) -> bytes:
-    from medmamba.kernels import triton
-
+def _run(module: str, name: str, message: bytes) -> bytes:
+    functions = importlib.import_module(f"medmamba.kernels.{module}")
     values, options = _unpack(message)
-    return _pack(getattr(triton, name)(*values, **options))
+    return _pack(getattr(functions, name)(*values, **options))
 
 
 def _pack(value: Any) -> bytes:

@@ -51,6 +51,33 @@ def test_compiled_equals_float64(shape, dtype, tolerance):
         assert relative(one, other) < tolerance, name
 
 
+@pytest.mark.parametrize("chunk", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (2, 65, 16, 4), (1, 50, 70, 2), (1, 20, 33, 1)])
+def test_triton_equals_float64(interpreted, shape, chunk):
+    x, weight, bias, history, grad, following = inputs(shape, torch.float32)
+    history, following = (history, following) if chunk else (None, None)
+    wide = [None if t is None else t.double() for t in (x, weight, bias, history, following)]
+    out = interpreted.convolution("forward", x, weight, bias, history)
+    assert relative(out, conv_silu(*wide[:4])) < 2e-6
+    found = interpreted.convolution("backward", grad, x, weight, bias, history, following, 3)
+    expected = conv_silu_backward(grad.double(), *wide)
+    for name, one, other in zip(expected._fields, found, expected, strict=True):
+        assert relative(one, other) < 2e-6, name
+        assert one.shape == other.shape, name
+
+
+def test_triton_keeps_half_precision(interpreted):
+    x, weight, bias, history, grad, _ = inputs((1, 18, 33, 4), torch.float16)
+    out = interpreted.convolution("forward", x, weight, bias, history)
+    found = interpreted.convolution("backward", grad, x, weight, bias, history, None)
+    wide = [tensor.double() for tensor in (x, weight, bias, history)]
+    expected = conv_silu_backward(grad.double(), *wide)
+    assert out.dtype == found[0].dtype == torch.float16
+    assert relative(out, conv_silu(*wide)) < 6e-4
+    assert relative(found[0], expected.x) < 6e-4
+    assert relative(found[1], expected.weight) < 2e-6
+
+
 def test_gradients_are_those_of_autograd():
     x, weight, bias, _, grad, _ = (t.double() for t in inputs((2, 9, 3, 4), torch.float32))
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]

@@ -1,6 +1,5 @@
 """The Triton kernels, interpreted, against the definition in float64."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +29,6 @@ from medmamba.kernels.triton_cut import (
 pytest.importorskip("triton", reason="triton is not installed")
 
 SMALL = Sizes(batch=1, length=9, channels=5, state=2)  # the interpreter takes 20 ms a token
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreted]:
-    backend = Interpreted(Tuning(chunk=4))
-    yield backend
-    backend.pool.shutdown()
 
 
 @pytest.mark.parametrize("length", [0, 1, 4, 9])

@@ -20,6 +20,7 @@ MOST_REGISTERS = 192
 SLACK = 1.10
 LIMIT_S = 600
 KERNELS = ("chunk_state", "chunk_scan", "adjoint_state", "forward_pass", "reverse_pass")
+CONVOLUTION = ("conv_forward", "conv_backward")
 # Instructions per element and thread, in the order of KERNELS; softplus, bias, skip and gate fused.
 TABLE = {
     ("sm_80", "fp32"): (6.44, 10.03, 7.25, 16.75, 17.94),
@@ -65,9 +66,9 @@ def assert_within_table(rows: list[dict[str, object]]) -> None:
 @pytest.mark.slow
 def test_fits_an_h100(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--arch", "sm_90", "--dtype", "fp32")
-    assert {row["kernel"] for row in rows} == {*KERNELS, "state_pass"}
+    assert {row["kernel"] for row in rows} == {*KERNELS, "state_pass", *CONVOLUTION}
     assert_within_table(rows)
-    assert all(row["shared"] == 0 for row in rows)
+    assert all(row["shared"] == 0 for row in rows if row["kernel"] not in CONVOLUTION)
 
 
 @pytest.mark.slow
