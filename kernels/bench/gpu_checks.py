@@ -13,6 +13,7 @@ from torch import Tensor
 from medmamba.kernels import reference, selective_scan
 from medmamba.kernels import triton as backend
 from medmamba.kernels.arguments import Needs, ScanArguments
+from medmamba.kernels.causal_conv import conv_silu, conv_silu_backward
 from medmamba.kernels.triton_cut import DEFAULT, Tuning
 
 FORWARD = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -122,6 +123,27 @@ def check_operator() -> tuple[bool, str]:
     exact = gradients(scan, [value.double() for value in inputs])
     errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
     return max(errors) <= 2 * GRADIENT[torch.float32], " ".join(f"{e:.1e}" for e in errors)
+
+
+def check_convolution() -> tuple[bool, str]:
+    """The causal convolution of a chunk, all gradients and their bits, in every type."""
+    errors: dict[str, tuple[float, float]] = {}
+    same = True
+    for dtype, limit in GRADIENT.items():
+        x = torch.randn(2, 5000, 140, device="cuda").to(dtype).chunk(2, dim=-1)[0]
+        weight, bias = torch.randn(70, 4, device="cuda"), torch.randn(70, device="cuda")
+        history, grad = torch.randn_like(x[:, :3]), torch.randn_like(x)
+        inputs = (x, weight, bias, history)
+        exact = [value.double() for value in inputs]
+        out = conv_silu(*inputs)
+        errors[f"out {dtype}"] = (relative_error(out, conv_silu(*exact)), FORWARD[dtype])
+        first, second = (conv_silu_backward(grad, *inputs) for _ in range(2))
+        expected = conv_silu_backward(grad.double(), *exact)
+        same &= all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for name, found, wanted in zip(first._fields, first, expected, strict=True):
+            errors[f"{name} {dtype}"] = (relative_error(found, wanted), limit)
+    passed = same and all(error <= limit for error, limit in errors.values())
+    return passed, " ".join(f"{name} {error:.1e}" for name, (error, _) in errors.items())
 
 
 def check_repeatable() -> tuple[bool, str]:
@@ -258,6 +280,7 @@ CHECKS: dict[str, Callable[[], tuple[bool, str]]] = {
     "order": check_order,
     "views": check_views,
     "operator": check_operator,
+    "convolution": check_convolution,
     "repeatable": check_repeatable,
     "not a number": check_not_a_number,
 }
