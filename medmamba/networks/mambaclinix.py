@@ -33,6 +33,7 @@ from medmamba.networks.definition import NetworkDefinition, read_options, requir
 from medmamba.networks.drop_path import DropPath, drop_rates
 from medmamba.networks.mixer import make_mixer
 from medmamba.networks.spec import NetworkSpec, OptionValue
+from medmamba.networks.supervised import SupervisedDecoder
 from medmamba.networks.umamba import NearestUpsample, ShortcutBlock
 from medmamba.networks.unet import UNet, decoder_steps, require_unet
 
@@ -200,7 +201,7 @@ class Encoder(nn.Module):
         return maps
 
 
-class Decoder(nn.Module):
+class Decoder(SupervisedDecoder):
     """Nearest upsampling, concatenation with the skip behind a residual block, block, head."""
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -223,7 +224,7 @@ class Decoder(nn.Module):
             pointwise(width, spec.out_channels, spec.dimension) for _, _, width in steps
         )
 
-    def forward(self, skips: list[Tensor], deep_supervision: bool) -> list[Tensor]:
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """Return logits, highest resolution first; only those without deep supervision."""
         x: Tensor = self.Init_Residual(skips[-1])
         logits: list[Tensor] = []
@@ -231,7 +232,7 @@ class Decoder(nn.Module):
         for step, stage in enumerate(self.stages):
             skip = self.residual_blocks[step](skips[-(step + 2)])
             x = stage(torch.cat((self.upsample_layers[step](x), skip), dim=1))
-            if deep_supervision or step == last:
+            if self.deep_supervision or step == last:
                 logits.append(self.seg_layers[step](x))
         return logits[::-1]
 

@@ -30,6 +30,7 @@ from medmamba.networks.blocks import (
 from medmamba.networks.definition import NetworkDefinition, check_spec, read_options, require
 from medmamba.networks.drop_path import drop_rates
 from medmamba.networks.spec import NetworkSpec, OptionValue
+from medmamba.networks.supervised import SupervisedDecoder, SupervisedNetwork
 from medmamba.networks.vss import VSSEncoder, VSSStage, vss_stage
 
 WIDTHS = (48, 96, 192, 384, 768, 768)
@@ -203,7 +204,7 @@ class PatchExpand(nn.Module):
         return self.norm(spread_neighbours(self.expand(x), self.stride))  # type: ignore[no-any-return]
 
 
-class ExpandingDecoder(nn.Module):
+class ExpandingDecoder(SupervisedDecoder):
     """Patch expanding, concatenation with the skip, linear, VSS blocks, head; deepest first.
 
     The last step goes from the patch embedding's resolution to the image's and has neither skip
@@ -232,7 +233,7 @@ class ExpandingDecoder(nn.Module):
             pointwise(width, spec.out_channels, spec.dimension) for _, width in steps
         )
 
-    def forward(self, skips: list[Tensor], deep_supervision: bool) -> list[Tensor]:
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """Return logits, highest resolution first; only those without deep supervision."""
         y = skips[-1].movedim(1, -1)
         logits: list[Tensor] = []
@@ -243,17 +244,16 @@ class ExpandingDecoder(nn.Module):
                 skip = skips[-(step + 2)].movedim(1, -1)
                 y = self.concat_back_dim[step](torch.cat((y, skip), dim=-1))
             y = stage(y)
-            if deep_supervision or step == last:
+            if self.deep_supervision or step == last:
                 logits.append(self.seg_layers[step](y.movedim(-1, 1)))
         return logits[::-1]
 
 
-class SwinUMambaD(nn.Module):
+class SwinUMambaD(SupervisedNetwork):
     """VSS encoder on the image, decoder of VSS blocks and patch expanding."""
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
-        self.deep_supervision = False
         options, drop_path = scan_options(spec)
         self.vssm_encoder = VSSEncoder(
             spec.in_channels,
@@ -268,8 +268,7 @@ class SwinUMambaD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits, or a list of them (highest resolution first) under deep supervision."""
-        logits: list[Tensor] = self.decoder(self.vssm_encoder(x), self.deep_supervision)
-        return logits if self.deep_supervision else logits[0]
+        return self.decode(self.vssm_encoder(x))
 
 
 def spread_neighbours(x: Tensor, stride: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ from medmamba.networks.blocks import (
 )
 from medmamba.networks.definition import NetworkDefinition, read_options
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.supervised import SupervisedDecoder, SupervisedNetwork
 from medmamba.networks.token_layer import OPTIONS, MambaEncoder, TokenLayer
 from medmamba.networks.unet import UNet, arrange_plain, decode, decoder_steps, require_unet
 
@@ -79,7 +80,7 @@ class NearestUpsample(nn.Module):
         return functional.interpolate(self.conv(x), scale_factor=self.stride, mode="nearest")
 
 
-class NearestDecoder(nn.Module):
+class NearestDecoder(SupervisedDecoder):
     """Nearest upsampling, concatenation with the skip, blocks, head; deepest step first.
 
     In 2D the last step has no skip: the official 2D file leaves it out.
@@ -105,28 +106,28 @@ class NearestDecoder(nn.Module):
             pointwise(width, spec.out_channels, spec.dimension) for _, _, width in steps
         )
 
-    def forward(self, skips: list[Tensor], deep_supervision: bool) -> list[Tensor]:
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """Return logits, highest resolution first; only those without deep supervision."""
         steps = zip(self.upsample_layers, self.stages, self.seg_layers, strict=True)
-        return decode(steps, skips, deep_supervision, last_skip=self.uses_last_skip)
+        return decode(steps, skips, self.deep_supervision, last_skip=self.uses_last_skip)
 
 
-class BottleneckUNet(nn.Module):
+class BottleneckUNet(SupervisedNetwork):
     """A U-Net with one token layer on its deepest map (U-Mamba Bot, present form)."""
 
-    def __init__(self, encoder: nn.Module, mamba_layer: nn.Module, decoder: nn.Module) -> None:
+    def __init__(
+        self, encoder: nn.Module, mamba_layer: nn.Module, decoder: SupervisedDecoder
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.mamba_layer = mamba_layer
         self.decoder = decoder
-        self.deep_supervision = False
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits, or a list of them (highest resolution first) under deep supervision."""
         skips = self.encoder(x)
         skips[-1] = self.mamba_layer(skips[-1])
-        logits: list[Tensor] = self.decoder(skips, self.deep_supervision)
-        return logits if self.deep_supervision else logits[0]
+        return self.decode(skips)
 
 
 def stack(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from medmamba.networks.blocks import initialize_he, zero_last_norms
 from medmamba.networks.definition import NetworkDefinition, read_options
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.supervised import SupervisedDecoder, SupervisedNetwork
 from medmamba.networks.token_layer import OPTIONS, MambaEncoder, TokenLayer, mix_voxels
 from medmamba.networks.unet import (
     ResidualEncoder,
@@ -20,23 +21,21 @@ from medmamba.networks.unet import (
 )
 
 
-class BottleneckUNetV1(nn.Module):
+class BottleneckUNetV1(SupervisedNetwork):
     """A U-Net whose own children ``ln`` and ``mamba`` mix its deepest map."""
 
-    def __init__(self, encoder: nn.Module, layer: TokenLayer, decoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, layer: TokenLayer, decoder: SupervisedDecoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.ln = layer.norm
         self.mamba = layer.mamba
         self.decoder = decoder
-        self.deep_supervision = False
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits, or a list of them (highest resolution first) under deep supervision."""
         skips = self.encoder(x)
         skips[-1] = mix_voxels(skips[-1], self.ln, self.mamba)
-        logits: list[Tensor] = self.decoder(skips, self.deep_supervision)
-        return logits if self.deep_supervision else logits[0]
+        return self.decode(skips)
 
 
 def build_enc(spec: NetworkSpec) -> nn.Module:

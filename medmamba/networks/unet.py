@@ -29,6 +29,7 @@ from medmamba.networks.definition import (
     require,
 )
 from medmamba.networks.spec import NetworkSpec
+from medmamba.networks.supervised import SupervisedDecoder, SupervisedNetwork
 
 PLAIN_BLOCKS = 2
 """Convolutions per stage of nnU-Net's default planner, encoder and decoder."""
@@ -77,7 +78,7 @@ class ResidualEncoder(nn.Module):
         return list(run_stages(self.stages, self.stem(x)))
 
 
-class TransposedDecoder(nn.Module):
+class TransposedDecoder(SupervisedDecoder):
     """Transposed convolution, concatenation with the skip, blocks, head; deepest step first.
 
     Args:
@@ -101,25 +102,23 @@ class TransposedDecoder(nn.Module):
             pointwise(width, spec.out_channels, spec.dimension) for _, _, width in steps
         )
 
-    def forward(self, skips: list[Tensor], deep_supervision: bool) -> list[Tensor]:
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """Return logits, highest resolution first; only those without deep supervision."""
         steps = zip(self.transpconvs, self.stages, self.seg_layers, strict=True)
-        return decode(steps, skips, deep_supervision)
+        return decode(steps, skips, self.deep_supervision)
 
 
-class UNet(nn.Module):
+class UNet(SupervisedNetwork):
     """An encoder that returns its stages and a decoder that turns them into logits."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, decoder: SupervisedDecoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.deep_supervision = False
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits, or a list of them (highest resolution first) under deep supervision."""
-        logits: list[Tensor] = self.decoder(self.encoder(x), self.deep_supervision)
-        return logits if self.deep_supervision else logits[0]
+        return self.decode(self.encoder(x))
 
 
 def decode(

@@ -387,8 +387,16 @@ def test_missing_tensor_is_named() -> None:
         ({"dropout_op": "torch.nn.Dropout3d"}, "dropout_op"),
         ({"nonlin": "torch.nn.GELU"}, "nonlin"),
         ({"norm_op": "torch.nn.BatchNorm3d"}, "norm_op"),
-        ({"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, "eps"),
-        ({"nonlin_kwargs": {"negative_slope": 0.2}}, "slope"),
+        ({"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, "norm_op_kwargs: eps = 0.001"),
+        ({"norm_op_kwargs": {"affine": False}}, "norm_op_kwargs: affine = False"),
+        ({"nonlin_kwargs": {"negative_slope": 0.2}}, "nonlin_kwargs: negative_slope = 0.2"),
+        ({"squeeze_excitation": True}, "squeeze_excitation = True"),
+        ({"block": "BottleneckD"}, "block = 'BottleneckD'"),
+        ({"conv_op": "torch.nn.Conv1d"}, "conv_op is 'torch.nn.Conv1d'; Conv2d or Conv3d needed"),
+        ({"n_blocks": 3}, "it has no argument 'n_blocks' \\(found 3\\)"),
+        ({"n_stages": 3}, "features_per_stage has 2 entries, 3 needed"),
+        ({"input_size": [8, 8]}, "input_size has 2 entries, 3 needed"),
+        ({"strides": None}, "an argument has a value of another kind"),
     ],
 )
 def test_arguments_we_do_not_compute_are_refused(change: dict[str, Any], message: str) -> None:
@@ -416,9 +424,38 @@ def test_layouts_that_the_official_classes_get_wrong_are_refused() -> None:
     build("MambaClinix", clinix)
     with pytest.raises(BundleError, match=r"begins with \[1\]; 2 is needed"):
         build("MambaClinix", clinix | {"n_conv_per_stage": [1, 2]})
-    decoder = {"num_classes": 2, "features_per_stage": [8, 16], "d_state": 8}
-    with pytest.raises(BundleError, match="d_state is 16 in the encoder and 8"):
-        build("SwinUMambaD", {"vss_args": {"depths": [1, 1], "dims": 8}, "decoder_args": decoder})
+    decoder = {"num_classes": 2, "features_per_stage": [8, 16]}
+    encoder = {"depths": [1, 1], "dims": 8}
+    for given, message in (
+        ((encoder, decoder | {"d_state": 8}), "d_state is 16 in the encoder and 8"),
+        ((encoder | {"drop_path_rate": 0.1}, decoder | {"drop_path_rate": 0.2}), "0.1 and 0.2"),
+        ((encoder | {"patch_size": 2}, decoder), "vss_args: patch_size = 2"),
+        ((encoder | {"ape": True}, decoder), "vss_args: it has no argument 'ape'"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            build("SwinUMambaD", dict(zip(("vss_args", "decoder_args"), given, strict=True)))
+
+
+def test_a_class_for_one_dimension_takes_no_other() -> None:
+    with pytest.raises(BundleError, match=r"UMambaBot2d: conv_op is .*Conv3d'; Conv2d needed"):
+        build("UMambaBot2d", TINY)
+    with pytest.raises(BundleError, match="UMambaEnc3d: its argument 'input_size' is missing"):
+        build("UMambaEnc3d", TINY)
+
+
+def test_the_switch_is_where_the_official_classes_have_it() -> None:
+    image = torch.zeros(1, 1, 4, 8, 8)
+    asked = build("PlainConvUNet", TINY | {"deep_supervision": True})
+    assert isinstance(asked(image), list)
+    asked.decoder.deep_supervision = False
+    assert isinstance(asked(image), Tensor) and asked.deep_supervision is False
+    swin = {"in_chans": 1, "out_chans": 2, "feat_size": [4, 8], "hidden_size": 8,
+            "encoder_dims": [8], "encoder_depths": [1], "deep_supervision": True}  # fmt: skip
+    assert build("SwinUMamba", swin).deep_supervision is True
+    parts = {"vss_args": {"depths": [1, 1], "dims": 8, "in_chans": 1},
+             "decoder_args": {"num_classes": 2, "features_per_stage": [8, 16],
+                              "deep_supervision": True}}  # fmt: skip
+    assert len(build("SwinUMambaD", parts)(torch.zeros(1, 1, 16, 16))) == 2
 
 
 ROUND_TRIPS: list[tuple[str, dict[str, Any]]] = [

@@ -213,12 +213,7 @@ def test_arranging_twice_changes_nothing(name: str, dimension: int) -> None:
 @pytest.mark.slow
 # Importing torch's compiler meets a function that torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-# One network of every builder: following a network's code is what takes long, and names of one
-# builder differ in widths only.
-@pytest.mark.parametrize(
-    ("name", "dimension"),
-    {NETWORKS[name].build: (name, dimension) for name, dimension in VARIANTS}.values(),
-)
+@each_variant
 def test_compiled_output_is_the_same(name: str, dimension: int) -> None:
     spec = plan(name, dimension)
     network = seeded(spec).double().eval()
