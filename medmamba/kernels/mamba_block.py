@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from medmamba.errors import KernelError
 from medmamba.kernels.causal_conv import causal_conv_silu
 from medmamba.kernels.linear import compute_dtype, linear
 from medmamba.kernels.operator import selective_scan
@@ -98,7 +99,12 @@ def mamba_block(
 
     Returns:
         (B, L, C), in the autocast type where autocast is on.
+
+    Raises:
+        KernelError: tokens or a weight of another shape, or a chunk that does not hold whole
+            segments.
     """
+    _check(tokens, weights, segment, chunk)
     dtype = compute_dtype(tokens)
     cast = _cast(weights, dtype)
     whole = torch.compiler.is_compiling()
@@ -111,6 +117,40 @@ def mamba_block(
             return _chunk_output(tokens.to(dtype), cast, None, segment)[0]
         settings = (length, segment)
         return _Streamed.apply(settings, tokens.to(dtype), *cast)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _check(tokens: Tensor, weights: MambaWeights, segment: int, chunk: int | None) -> None:
+    """Refuse what does not belong together; the scan checks its own arguments."""
+    if weights.A_log.dim() != 2:
+        raise KernelError(f"A_log has shape {tuple(weights.A_log.shape)}; expected two dimensions")
+    inner, state = weights.A_log.shape
+    width, rank = weights.out_proj.shape[0], weights.dt_proj.shape[-1]
+    shapes = {
+        "in_proj": (2 * inner, width),
+        "conv_weight": (inner, 1, weights.conv_weight.shape[-1]),
+        "conv_bias": (inner,),
+        "x_proj": (rank + 2 * state, inner),
+        "dt_proj": (inner, rank),
+        "dt_bias": (inner,),
+        "D": (inner,),
+        "out_proj": (width, inner),
+    }
+    for name, shape in shapes.items():
+        _require_shape(name, getattr(weights, name), shape)
+    if tokens.dim() != 3 or tokens.shape[2] != width:
+        raise KernelError(
+            f"tokens has shape {tuple(tokens.shape)}; expected (batch, length, {width})"
+        )
+    if chunk is not None and (chunk < 0 or (segment and chunk % segment)):
+        raise KernelError(
+            f"chunk is {chunk} and segment is {segment}; give 0 (one piece) or a number of tokens "
+            "that holds whole segments"
+        )
+
+
+def _require_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if value.dim() != len(shape) or value.shape != shape:
+        raise KernelError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
 
 
 def chunk_length(tokens: Tensor, inner: int, *, segment: int = 0) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from medmamba.errors import KernelError
@@ -138,6 +139,11 @@ def selective_scan(
         out, h_last, _ = run(*values, tracked)
     elif tracked or torch.compiler.is_compiling():
         out, h_last, _ = _SCAN(*values, tracked)
+    elif forward_ad._current_level >= 0 and any(map(_has_tangent, values)):
+        raise KernelError(
+            "the scan has no forward-mode gradient (jvp); use the backward pass, or detach its "
+            "arguments"
+        )
     else:  # nothing for autograd to do, whose Python costs as much as a short scan
         out, h_last, _ = _below_autograd(_SCAN, (*values, False))
     if layout == "channels_first":
@@ -252,6 +258,10 @@ def selective_scan_multi(
         check_rows("gate", gate, u)
         total = total * functional.silu(gate.to(dtype))
     return total.to(u.dtype)
+
+
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _tokens_first(name: str, rows: Tensor) -> Tensor:

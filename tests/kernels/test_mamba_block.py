@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medmamba.errors import KernelError
 from medmamba.kernels.mamba_block import MambaWeights, chunk_length, mamba_block
 
 STATE, TAPS, RANK = 16, 4, 2
@@ -108,3 +109,22 @@ def test_chunks_follow_from_shapes_alone():
     assert chunk(1, 1 << 21) == 2 * chunk(2, 1 << 21)
     assert chunk(2, 1 << 21, segment=24) % 24 == 0
     assert chunk(1 << 14, 1 << 10) == 256
+
+
+@pytest.mark.parametrize(
+    ("tokens", "change", "settings", "message"),
+    [
+        ((20, 8), {}, {}, r"tokens has shape \(20, 8\); expected \(batch, length, 8\)"),
+        ((1, 20, 4), {}, {}, r"tokens has shape \(1, 20, 4\); expected \(batch, length, 8\)"),
+        ((1, 20, 8), {"D": (3,)}, {}, r"D has shape \(3,\); expected \(16,\)"),
+        ((1, 20, 8), {"x_proj": (2, 16)}, {}, r"x_proj has shape \(2, 16\); expected \("),
+        ((1, 20, 8), {"A_log": (16,)}, {}, r"A_log has shape \(16,\); expected two dimensions"),
+        ((1, 20, 8), {}, {"chunk": -4}, "chunk is -4"),
+        ((1, 20, 8), {}, {"chunk": 10, "segment": 4}, "chunk is 10 and segment is 4"),
+    ],
+)
+def test_what_does_not_belong_together_is_named(tokens, change, settings, message):
+    changed = {name: torch.ones(shape) for name, shape in change.items()}
+    weights = make_weights(8, torch.float32)._replace(**changed)
+    with pytest.raises(KernelError, match=message):
+        mamba_block(torch.ones(tokens), weights, **settings)

@@ -305,6 +305,13 @@ def test_second_order_is_refused() -> None:
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused() -> None:
+    arguments = good()
+    u = arguments.pop("u")
+    with pytest.raises(KernelError, match="no forward-mode gradient"):
+        torch.func.jvp(lambda value: selective_scan(value, **arguments), (u,), (u,))
+
+
 def good() -> dict[str, object]:
     arguments = make_arguments(Sizes(batch=2, length=6, channels=4, groups=2, state=3))
     return {name: getattr(arguments, name) for name in Needs._fields}
