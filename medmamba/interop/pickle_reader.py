@@ -57,8 +57,8 @@ def read_foreign_pickle(path: Path) -> Any:
         raise BundleError(f"checkpoint {path} does not exist.") from error
     except zipfile.BadZipFile as error:
         raise BundleError(
-            f"checkpoint {path} is not in torch's zip format ({error}). If it is of before torch "
-            "1.6, load it where you trust it and save it again."
+            f"checkpoint {path} is not in torch's zip format ({error}). Copy it again; if it is of "
+            "before torch 1.6, load it where you trust it and save it again."
         ) from error
     except Exception as error:
         # A damaged pickle fails in as many ways as there are opcodes.

@@ -261,7 +261,8 @@ def selective_scan_multi(
 
 
 def _has_tangent(value: object) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+    unpack: Any = forward_ad.unpack_dual  # has no annotations
+    return isinstance(value, Tensor) and unpack(value).tangent is not None
 
 
 def _tokens_first(name: str, rows: Tensor) -> Tensor:
