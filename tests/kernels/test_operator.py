@@ -305,6 +305,8 @@ def test_second_order_is_refused() -> None:
         grad.sum().backward()
 
 
+# torch's forward mode imports a function that torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_is_refused() -> None:
     arguments = good()
     u = arguments.pop("u")
