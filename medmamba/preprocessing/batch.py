@@ -13,7 +13,7 @@ from math import prod
 from typing import TypeVar
 
 from medmamba.dataset import Case, Dataset, load_case
-from medmamba.errors import DatasetError, MedMambaError
+from medmamba.errors import DatasetError, EnvironmentFault, MedMambaError
 from medmamba.files import hash_file, hash_values
 from medmamba.io import read_geometry
 from medmamba.labels import LabelMap
@@ -69,6 +69,8 @@ def preprocess_cases(
 
     Raises:
         DatasetError: cases that could not be preprocessed, all of them; the others are stored.
+        EnvironmentFault: the disk is full or cannot be written; ends it at once, and what is
+            finished stays.
     """
     gate = free_memory_gate()
     channels = max(len(target.recipe.channels) for target in targets)
@@ -77,6 +79,9 @@ def preprocess_cases(
         try:
             with gate.hold(case_bytes(case, channels, BYTES_PER_VOXEL)):
                 return _preprocess_one(case, targets, dataset.label_map, device), None
+        except EnvironmentFault:
+            # No other case would fare better.
+            raise
         except MedMambaError as problem:
             return 0, _named(case.id, problem.message)
 
@@ -85,12 +90,16 @@ def preprocess_cases(
     cases = dataset.training_cases
     made, problems = 0, []
     with ThreadPoolExecutor(worker_count(workers)) as pool:
-        for done, (is_new, problem) in enumerate(map_bounded(pool, work, cases), start=1):
-            made += is_new
-            if problem is not None:
-                problems.append(problem)
-            if progress is not None:
-                progress(done, len(cases))
+        try:
+            for done, (is_new, problem) in enumerate(map_bounded(pool, work, cases), start=1):
+                made += is_new
+                if problem is not None:
+                    problems.append(problem)
+                if progress is not None:
+                    progress(done, len(cases))
+        except EnvironmentFault:
+            pool.shutdown(cancel_futures=True)
+            raise
     if problems:
         raise DatasetError(
             f"{dataset.name}: {len(problems)} of {len(cases)} cases could not be preprocessed; "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from medmamba.dataset import open_dataset
-from medmamba.errors import DatasetError
+from medmamba.errors import DatasetError, EnvironmentFault
 from medmamba.preprocessing import batch
 from medmamba.preprocessing.batch import Target, preprocess_cases
 from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
@@ -81,6 +81,25 @@ def test_a_bad_case_is_named_and_the_others_are_stored(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="case c1"):
         preprocess_cases(dataset, [target(store)])
     assert store.case_ids() == ("c0", "c2", "c3", "c4")
+
+
+def test_a_full_disk_ends_it_and_what_is_finished_stays(tmp_path: Path, monkeypatch) -> None:
+    dataset, store = open_dataset(write_dataset(tmp_path)), CaseStore(tmp_path / "store")
+    write, written = CaseStore.write, []
+
+    def write_two(self: CaseStore, case_id: str, *arguments, **options) -> None:
+        written.append(case_id)
+        if len(written) > 2:
+            raise EnvironmentFault("c.b2nd: the disk is full", code="E_IO_NOSPACE")
+        write(self, case_id, *arguments, **options)
+
+    monkeypatch.setattr(CaseStore, "write", write_two)
+    with pytest.raises(EnvironmentFault, match="the disk is full") as caught:
+        preprocess_cases(dataset, [target(store)], workers=1)
+    assert caught.value.code == "E_IO_NOSPACE"
+    assert len(store.case_ids()) == 2
+    monkeypatch.undo()
+    assert preprocess_cases(dataset, [target(store)]) == 3
 
 
 def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path: Path) -> None:
