@@ -196,8 +196,13 @@ class TimeSchedule:
         return steps + max(0, round(left_s / self._step_s) if self._step_s else 0)
 
     def finished(self, epoch: int) -> bool:
-        """See ``Schedule``; also when no step and its saving would fit any more."""
-        needed = self._step_s + self._overhead_s if epoch > 0 else 0.0
+        """See ``Schedule``; also when no step and its saving would fit any more.
+
+        A run has one epoch at least, or it would leave a network that has learned nothing.
+        """
+        if epoch == 0:
+            return False
+        needed = self._step_s + self._overhead_s
         return epoch >= self.epochs or self._clock.elapsed_s() + needed > self._budget_s
 
     def goes_on(self, epoch: int, steps: int) -> bool:

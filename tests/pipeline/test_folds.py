@@ -122,19 +122,19 @@ def test_a_worker_that_is_killed_costs_nothing(work: Path, tmp_path: Path) -> No
     options = ["--network", NETWORK, "--recipe", recipe_of(work), *length, "--precision", "fp32"]
     command = [sys.executable, "-m", "medmamba", "train", str(work), *options]
     environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1"}
+    folds = [*command, "--folds", "3,4", "--engine", "ray", "--address", address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    victim = run_of(work, 3)
     try:
-        driver = subprocess.Popen(
-            [*command, "--folds", "3,4", "--engine", "ray", "--address", address],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        victim = run_of(work, 3)
-        wait_for(victim / LATEST, 120)
-        os.kill(json.loads((victim / "run.json").read_text())["process"]["pid"], signal.SIGKILL)
-        done = load_state(victim / LATEST).iteration
-        output, talk = driver.communicate(timeout=300)
+        with subprocess.Popen(folds, **pipes, text=True, env=environment) as driver:
+            try:
+                wait_for(victim / LATEST, 300)
+                record = json.loads((victim / "run.json").read_text())
+                os.kill(record["process"]["pid"], signal.SIGKILL)
+                done = load_state(victim / LATEST).iteration
+                output, talk = driver.communicate(timeout=300)
+            finally:
+                driver.kill()
     finally:
         cluster.stdin.close()
         cluster.wait(timeout=60)

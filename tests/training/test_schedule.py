@@ -127,6 +127,14 @@ def test_the_time_of_earlier_processes_counts() -> None:
     assert not schedule.goes_on(11, 1)
 
 
+def test_a_budget_that_is_over_at_once_still_trains_a_step() -> None:
+    _, rates, lengths = simulate(
+        1.0, step_s=lambda now: 0.5, first_s=2.0, overhead_s=1.0, begin_s=5.0
+    )
+    assert lengths == [1]
+    assert len(rates) == 1
+
+
 def test_counted_runs_count() -> None:
     schedule = make_schedule(recipe_of(epochs=3, iterations=4), Clock(), None)
     assert schedule.goes_on(0, 3)
