@@ -3,7 +3,8 @@
 Imports torch before the native extension, so that both share one OpenMP runtime.
 """
 
-from medmamba.kernels.operator import selective_scan, selective_scan_fn, selective_scan_multi
+from medmamba.kernels.multi import selective_scan_multi
+from medmamba.kernels.operator import selective_scan, selective_scan_fn
 from medmamba.kernels.scan_order import SCAN_ORDERS, ScanOrder
 
 __all__ = [

@@ -117,8 +117,8 @@ def is_channels_first(rows: Tensor) -> bool:
     return rows.stride(2) != 1 and rows.stride(1) == 1
 
 
-def check_arguments(arguments: ScanArguments) -> None:
-    """Refuse arguments no backend can take.
+def check_tensors(arguments: ScanArguments) -> None:
+    """Refuse tensors no backend can take; looks at shapes, strides, types and devices alone.
 
     Raises:
         KernelError: names the argument, its shape or type, and what was expected.
@@ -148,8 +148,12 @@ def check_arguments(arguments: ScanArguments) -> None:
     for name, value in (("u", u), *rows, *projections):
         if value is not None:
             _check_activation(name, value)
-    _check_types(arguments, (*rows, ("A", A), *projections, *vectors, ("h0", arguments.h0)))
-    _check_options(arguments)
+    for name, value in (*rows, ("A", A), *projections, *vectors, ("h0", arguments.h0)):
+        if value is None:
+            continue
+        _check_device(name, value, u)
+        if not value.dtype.is_floating_point:
+            raise _wrong(name, value, "a real floating-point type")
 
 
 def check_rows(name: str, value: Tensor, u: Tensor) -> None:
@@ -187,18 +191,6 @@ def _check_activation(name: str, value: Tensor) -> None:
         )
 
 
-def _check_types(arguments: ScanArguments, tensors: tuple[tuple[str, Tensor | None], ...]) -> None:
-    """Parameters and state are real, and everything is where u is."""
-    for name, value in (*tensors, ("order", arguments.order)):
-        if value is None:
-            continue
-        _check_device(name, value, arguments.u)
-        if name != "order" and not value.dtype.is_floating_point:
-            raise _wrong(name, value, "a real floating-point type")
-    if arguments.out_dtype not in ACTIVATION_DTYPES:
-        raise KernelError(f"out_dtype is {arguments.out_dtype}; give a real floating-point type")
-
-
 def _check_device(name: str, value: Tensor, u: Tensor) -> None:
     if value.device != u.device:
         raise KernelError(
@@ -207,10 +199,17 @@ def _check_device(name: str, value: Tensor, u: Tensor) -> None:
         )
 
 
-def _check_options(arguments: ScanArguments) -> None:
-    length = arguments.length
-    order = arguments.order
+def check_options(arguments: ScanArguments) -> None:
+    """Refuse an order, lengths and a type of output that do not fit the tensors.
+
+    Raises:
+        KernelError: names the option, its value, and what was expected.
+    """
+    length, order = arguments.length, arguments.order
+    if arguments.out_dtype not in ACTIVATION_DTYPES:
+        raise KernelError(f"out_dtype is {arguments.out_dtype}; give a real floating-point type")
     if order is not None:
+        _check_device("order", order, arguments.u)
         if order.dtype != torch.int32 or order.dim() != 1 or order.shape[0] != length:
             raise _wrong("order", order, f"a permutation of {length} tokens as integers")
         if length > MAX_ORDER_LENGTH:

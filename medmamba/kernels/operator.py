@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional
 
 from medmamba.errors import KernelError
 from medmamba.kernels import triton_cut
@@ -22,12 +21,12 @@ from medmamba.kernels.arguments import (
     Gradients,
     Needs,
     ScanArguments,
-    check_arguments,
-    check_rows,
+    check_options,
+    check_tensors,
     empty_rows,
 )
 from medmamba.kernels.backend import choose
-from medmamba.kernels.eager import is_plain
+from medmamba.kernels.eager import is_plain, once_per_kind
 from medmamba.kernels.placement import is_on_gpu
 from medmamba.kernels.scan_order import INTEGERS, ScanOrder, require_permutation
 
@@ -127,16 +126,23 @@ def selective_scan(
         segment=segment,
         out_dtype=out_dtype,
     )
-    check_arguments(arguments)
+    values = [getattr(arguments, name) for name in _NAMES]
+    plain = is_plain(values[:_TENSOR_COUNT])
+    if plain:
+        once_per_kind(values[:_DIFFERENTIABLE], lambda: check_tensors(arguments))
+    else:
+        check_tensors(arguments)
+    check_options(arguments)
     if isinstance(order, Tensor) and not torch.compiler.is_compiling():
         require_permutation(order)
-    values = [getattr(arguments, name) for name in _NAMES]
     tracked = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in values[:_DIFFERENTIABLE]
     )
-    if is_plain(values[:_TENSOR_COUNT]):
-        run: Any = _Scan.apply if tracked else _forward
-        out, h_last, _ = run(*values, tracked)
+    if plain and not tracked:
+        out, h_last, _ = choose(arguments).forward(arguments, save_states=False)
+    elif plain:
+        apply: Any = _Scan.apply  # has no annotations
+        out, h_last, _ = apply(*values, True)
     elif tracked or torch.compiler.is_compiling():
         out, h_last, _ = _SCAN(*values, tracked)
     elif forward_ad._current_level >= 0 and any(map(_has_tangent, values)):
@@ -193,71 +199,6 @@ def selective_scan_fn(
         return_last_state=return_last_state,
         layout="channels_first",
     )
-
-
-def selective_scan_multi(
-    u: Tensor,
-    deltas: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    C: Sequence[Tensor],
-    *,
-    orders: Sequence[ScanOrder | Tensor | None],
-    skip: Sequence[Tensor | None] | None = None,
-    gate: Tensor | None = None,
-    delta_bias: Sequence[Tensor | None] | None = None,
-    delta_softplus: bool = False,
-    segment: int = 0,
-) -> Tensor:
-    """Sum of one scan per direction over the same channels-last input, then the gate once.
-
-    Args:
-        u: (batch, length, channels), shared.
-        deltas: one (batch, length, channels) per direction; A, B, C, skip, delta_bias alike.
-        A: decay rates per direction.
-        B: input projections per direction.
-        C: output projections per direction.
-        orders: one per direction; no input is permuted or copied.
-        skip: (channels,) per direction.
-        gate: (batch, length, channels), applied to the sum.
-        delta_bias: (channels,) per direction.
-        delta_softplus: for every direction.
-        segment: for every direction.
-
-    Returns:
-        (batch, length, channels) of u's type; the sum itself is float32, in the order given.
-
-    Raises:
-        KernelError: the sequences differ in length, or one scan's arguments cannot be used.
-    """
-    count = len(orders)
-    parts: dict[str, Sequence[Tensor | None]] = {"deltas": deltas, "A": A, "B": B, "C": C}
-    parts |= {"skip": skip or [None] * count, "delta_bias": delta_bias or [None] * count}
-    for name, values in parts.items():
-        if len(values) != count or not count:
-            raise KernelError(f"{name} has {len(values)} directions but orders has {count}")
-    dtype = torch.float64 if u.dtype is torch.float64 else torch.float32
-    total: Tensor | None = None
-    for direction, order in enumerate(orders):
-        part = selective_scan(
-            u,
-            deltas[direction],
-            A[direction],
-            B[direction],
-            C[direction],
-            skip=parts["skip"][direction],
-            delta_bias=parts["delta_bias"][direction],
-            delta_softplus=delta_softplus,
-            order=order,
-            segment=segment,
-            out_dtype=dtype,
-        )
-        total = part if total is None else total + part
-    assert total is not None
-    if gate is not None:
-        check_rows("gate", gate, u)
-        total = total * functional.silu(gate.to(dtype))
-    return total.to(u.dtype)
 
 
 def _has_tangent(value: object) -> bool:
@@ -370,11 +311,22 @@ def _backward(
 ) -> list[Tensor]:
     arguments = _arguments(values)
     needs = _needs(arguments, values[-1])
+    grads = _gradients(grad_out, grad_h_last, states, arguments, needs)
+    return [arguments.u.new_empty(0) if value is None else value for value in grads]
+
+
+def _gradients(
+    grad_out: Tensor | None,
+    grad_h_last: Tensor | None,
+    states: Tensor,
+    arguments: ScanArguments,
+    needs: Needs,
+) -> list[Tensor | None]:
     backend = choose(arguments)
     states = states.view(backend.states_shape(arguments))
     grads = backend.backward(arguments, states, grad_out, grad_h_last, needs)
     return [
-        _zeros(arguments, name) if value is None and needed else _present(value, needed, arguments)
+        _zeros(arguments, name) if value is None and needed else value if needed else None
         for name, value, needed in zip(Gradients._fields, grads, needs, strict=True)
     ]
 
@@ -388,10 +340,6 @@ def _backward_fake(
         _gradient_like(arguments, name) if needed else arguments.u.new_empty(0)
         for name, needed in zip(Gradients._fields, needs, strict=True)
     ]
-
-
-def _present(value: Tensor | None, needed: bool, arguments: ScanArguments) -> Tensor:
-    return value if value is not None and needed else arguments.u.new_empty(0)
 
 
 def _zeros(arguments: ScanArguments, name: str) -> Tensor:
@@ -435,10 +383,13 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors that want one."""
         *tensors, states = ctx.saved_tensors
-        needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-        plain = not torch.is_grad_enabled() and is_plain((*grads[:2], states, *tensors))
-        run: Any = _backward if plain else _SCAN_BACKWARD
-        found = run(grads[0], grads[1], states, *tensors, *ctx.options, needs)
+        needs = ctx.needs_input_grad[:_DIFFERENTIABLE]
+        values = (*tensors, *ctx.options)
+        found: Sequence[Tensor | None]
+        if not torch.is_grad_enabled() and is_plain((*grads[:2], states, *tensors)):
+            found = _gradients(grads[0], grads[1], states, _arguments(values), Needs(*needs))
+        else:
+            found = _SCAN_BACKWARD(grads[0], grads[1], states, *values, list(needs))
         wanted = (
             grad if need and tensor is not None else None
             for grad, need, tensor in zip(found, needs, tensors, strict=False)
