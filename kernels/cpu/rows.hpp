@@ -238,6 +238,13 @@ template <class T>
 static void load_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes, float* tile,
                          int pitch) {
   const typename T::Stored* base = static_cast<const typename T::Stored*>(rows.data) + offset;
+  if (rows.channel_stride == 1 && lanes == kLanes && pitch == kLanes) {  // whole rows, without a question asked for each
+    for (int t = 0; t < tokens.count; ++t) {
+      const typename T::Stored* from = base + tokens.token[t] * rows.token_stride;
+      MEDMAMBA_UNROLL for (int i = 0; i < kLanes; i += kWidth) store(tile + t * kLanes + i, T::widen_all(from + i));
+    }
+    return;
+  }
   if (rows.channel_stride == 1) {
     for (int t = 0; t < tokens.count; ++t) {
       widen_row<T>(base + tokens.token[t] * rows.token_stride, tile + t * pitch, lanes, pitch);
@@ -269,6 +276,13 @@ template <class T>
 static void store_tile_as(const Rows& rows, int64_t offset, const Tokens& tokens, int lanes,
                           const float* tile) {
   typename T::Stored* base = static_cast<typename T::Stored*>(rows.data) + offset;
+  if (rows.channel_stride == 1 && lanes == kLanes) {
+    for (int t = 0; t < tokens.count; ++t) {
+      typename T::Stored* to = base + tokens.token[t] * rows.token_stride;
+      MEDMAMBA_UNROLL for (int i = 0; i < kLanes; i += kWidth) T::narrow_all(load(tile + t * kLanes + i), to + i);
+    }
+    return;
+  }
   if (rows.channel_stride == 1) {
     for (int t = 0; t < tokens.count; ++t) {
       narrow_row<T>(tile + t * kLanes, base + tokens.token[t] * rows.token_stride, lanes);
