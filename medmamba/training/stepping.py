@@ -134,6 +134,10 @@ class Stepper:
         yield
         self.network.load_state_dict(own)
 
+    def has_finite_weights(self) -> bool:
+        """Tell whether all weights are finite."""
+        return all(bool(p.isfinite().all()) for p in self.network.parameters())
+
     def bad_parameters(self) -> list[str]:
         """Name the parameters whose values or gradients are not finite."""
         return [

@@ -232,15 +232,27 @@ class FoldRun:
             return
         bad = self.stepper.bad_parameters()
         where = f"first bad tensor: {bad[0]}" if bad else "all weights are finite"
-        raise TrainingError(
+        raise self._not_finite(
             f"loss or gradient was not finite in {bad_steps} steps in a row, the last with cases "
-            f"{cases} (loss {loss}, {where}). The last good checkpoint is {self._keeper.latest}. "
-            "Check these cases, or train with --precision fp32 or a lower learning rate.",
+            f"{cases} (loss {loss}, {where})",
+            "Check these cases, or train",
+        )
+
+    def _not_finite(self, what: str, advice: str) -> TrainingError:
+        latest = self._keeper.latest
+        kept = f"The last good checkpoint is {latest}" if latest.exists() else "None was saved yet"
+        return TrainingError(
+            f"{what}. {kept}. {advice} with --precision fp32 or a lower learning rate.",
             code="E_TRAIN_NONFINITE",
         )
 
     def _finish_epoch(self, sampler: PatchSampler) -> EpochReport:
         begun = time.monotonic()
+        if not self.stepper.has_finite_weights():
+            # They would take the place of the last good ones.
+            raise self._not_finite(
+                f"weights are not finite after iteration {self.state.iteration}", "Train"
+            )
         validation = self._validate(sampler)
         state, dice = self.state, validation.dice
         ema, best = state.ema_dice, state.best_dice

@@ -238,6 +238,15 @@ def test_losses_that_are_not_finite_stop_with_the_last_good_state(
         assert torch.equal(tensor, good[name])
 
 
+def test_weights_that_are_not_finite_never_replace_the_last_good_ones(make_setup) -> None:
+    too_fast = {"epochs": 2, "iterations": 2, "augmentation": "none", "learning_rate": 1e39}
+    setup = make_setup(recipe=too_fast)
+    with pytest.raises(TrainingError, match=r"weights are not finite.*None was saved") as caught:
+        train_fold(setup)
+    assert caught.value.code == "E_TRAIN_NONFINITE"
+    assert not list(setup.run_folder.glob("*.safetensors"))
+
+
 def test_one_bad_step_is_skipped(make_setup, monkeypatch) -> None:
     make = PatchSampler.batch
 
