@@ -8,9 +8,11 @@
 
 #include "conv.hpp"
 #include "driver.hpp"
+#include "norm.hpp"
 
 namespace nb = nanobind;
 using medmamba::Conv;
+using medmamba::Norm;
 using medmamba::Problem;
 using medmamba::Rows;
 
@@ -129,6 +131,23 @@ void conv_backward(const std::vector<int64_t>& values, int threads, const std::s
   medmamba::run_conv_backward(p, threads, instruction_set);
 }
 
+void norm(const std::vector<int64_t>& values, float eps, float slope, int threads,
+          const std::string& instruction_set) {
+  Reader reader(values);
+  Norm p{};
+  for (int64_t* size : {&p.batch, &p.length, &p.channels}) *size = reader.number();
+  p.type = static_cast<medmamba::Type>(reader.number());
+  p.x = reader.pointer<const void>();
+  p.out = reader.pointer<void>();
+  p.weight = reader.pointer<const float>();
+  p.bias = reader.pointer<const float>();
+  p.eps = eps;
+  p.slope = slope;
+  reader.finish();
+  nb::gil_scoped_release release;
+  medmamba::run_norm(p, threads, instruction_set);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -136,6 +155,8 @@ NB_MODULE(_native, m) {
   m.def("backward", &backward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
   m.def("conv_forward", &conv_forward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
   m.def("conv_backward", &conv_backward, nb::arg("values"), nb::arg("threads"), nb::arg("instruction_set"));
+  m.def("norm", &norm, nb::arg("values"), nb::arg("eps"), nb::arg("slope"), nb::arg("threads"),
+        nb::arg("instruction_set"));
   m.def("instruction_sets", &medmamba::instruction_sets);
   m.def("states_shape", &medmamba::states_shape, nb::arg("batch"), nb::arg("length"),
         nb::arg("channels"), nb::arg("groups"), nb::arg("state"), nb::arg("segment"));

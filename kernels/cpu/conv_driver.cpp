@@ -1,30 +1,20 @@
 // Runs whole convolutions: which instruction set, which thread does what. The result never depends on the threads.
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <vector>
 
+#include "choice.hpp"
 #include "conv.hpp"
-#include "driver.hpp"
-#include "threads.hpp"
 
 namespace medmamba {
 namespace {
 
-// Below this many values a second thread costs more than it saves.
-constexpr int64_t kValuesPerThread = 1 << 17;
-
 const ConvKernels& conv_named(const std::string& name) {
-  for (const std::string& known : instruction_sets()) {
-    if (name.empty() || name == known) {
 #if defined(__x86_64__)
-      if (known == "v4") return conv_v4();
-      if (known == "v3") return conv_v3();
+  return build_named<ConvKernels>(name, conv_base, conv_v3, conv_v4);
+#else
+  return build_named<ConvKernels>(name, conv_base, nullptr, nullptr);
 #endif
-      return conv_base();
-    }
-  }
-  throw std::invalid_argument("this processor or build has no instruction set '" + name + "'");
 }
 
 // Panel after panel; the channel blocks of a panel are neighbours, so that its rows stay in cache.
@@ -46,24 +36,14 @@ std::vector<ConvItem> items_of(const Conv& p) {
   return items;
 }
 
-template <class Work>
-void over_items(const Conv& p, size_t items, int threads, const Work& work) {
-  const int64_t most = std::min<int64_t>(int64_t(items), p.batch * p.length * p.channels / kValuesPerThread);
-  const int used = int(std::max<int64_t>(1, std::min<int64_t>(threads, most)));
-  std::atomic<size_t> next{0};
-  Lease lease(used);
-  const auto share = [&](int) {
-    for (size_t i = next++; i < items; i = next++) work(i);
-  };
-  if (!lease.run(share)) share(0);
-}
+int64_t values_of(const Conv& p) { return p.batch * p.length * p.channels; }
 
 }  // namespace
 
 void run_conv_forward(const Conv& p, int threads, const std::string& instruction_set) {
   const ConvKernels& kernels = conv_named(instruction_set);
   const std::vector<ConvItem> items = items_of(p);
-  over_items(p, items.size(), threads, [&](size_t i) { kernels.forward(p, items[i]); });
+  over_items(items.size(), values_of(p), threads, [&](size_t i) { kernels.forward(p, items[i]); });
 }
 
 void run_conv_backward(const Conv& p, int threads, const std::string& instruction_set) {
@@ -71,7 +51,7 @@ void run_conv_backward(const Conv& p, int threads, const std::string& instructio
   const std::vector<ConvItem> items = items_of(p);
   const size_t share = size_t(kLanes) * size_t(p.taps + 1);
   std::vector<float> shares(items.size() * share);
-  over_items(p, items.size(), threads, [&](size_t i) {
+  over_items(items.size(), values_of(p), threads, [&](size_t i) {
     float* own = shares.data() + i * share;
     kernels.backward(p, items[i], own, own + kLanes * p.taps);
   });

@@ -96,14 +96,19 @@ def instruction_set() -> str:
     return os.environ.get(INSTRUCTION_SET_VARIABLE, "")
 
 
-def call(function: object, values: list[int]) -> None:
+def call(function: object, values: list[int], *numbers: float) -> None:
     """Run a function of the extension with torch's number of threads.
+
+    Args:
+        function: of `_native`.
+        values: pointers, sizes and strides in the order that it reads.
+        numbers: what else it takes.
 
     Raises:
         KernelError: the extension refuses the arguments.
     """
     assert callable(function)
     try:
-        function(values, torch.get_num_threads(), instruction_set())
+        function(values, *numbers, torch.get_num_threads(), instruction_set())
     except ValueError as error:
         raise KernelError(str(error)) from error

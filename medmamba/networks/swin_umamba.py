@@ -94,7 +94,7 @@ class ResidualConvs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of ``out_channels``."""
-        y = functional.leaky_relu(self.norm(self.conv1(x)), SLOPE, inplace=True)
+        y = self.norm(self.conv1(x), slope=SLOPE, in_place=True)
         y = self.norm(self.conv2(y)) + (self.norm(self.conv3(x)) if self.projects else x)
         return functional.leaky_relu(y, SLOPE, inplace=True)
 

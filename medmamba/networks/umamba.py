@@ -59,7 +59,7 @@ class ShortcutBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of ``out_channels``, smaller by the stride."""
-        y = functional.leaky_relu(self.norm1(self.conv1(x)), SLOPE, inplace=True)
+        y = self.norm1(self.conv1(x), slope=SLOPE, in_place=True)
         y = self.norm2(self.conv2(y)) + self.conv3(x)
         return functional.leaky_relu(y, SLOPE, inplace=True)
 

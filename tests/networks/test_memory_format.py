@@ -26,6 +26,16 @@ def test_packed_weights_keep_names_values_and_results() -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_a_single_input_channel_leads_to_channels_last_too() -> None:
+    stem = nn.Conv3d(1, 8, 3, padding=1)
+    x = torch.randn(1, 1, 32, 28, 24)  # smaller ones do not go through oneDNN
+    expected = stem(x)
+    pack_weights(stem)
+    found = stem(x)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found, expected)
+
+
 def test_only_dense_spatial_convolutions_count() -> None:
     assert is_dense_convolution(nn.Conv3d(4, 4, 3))
     assert is_dense_convolution(nn.ConvTranspose2d(4, 4, 2, stride=2))
