@@ -110,11 +110,17 @@ class Predictor:
         self.recipe = preprocessing
         self.label_map = label_map
         self.settings = settings
-        self.tile_batch = tile_batch_size(
-            grid.patch_size,
-            features=settings.features,
-            device_class=settings.device.type,
-            memory_bytes=_device_memory(settings.device),
+        # nnU-Net takes inputs one by one, for which a CPU has other convolutions than for several.
+        one_by_one = settings.compat and settings.device.type == "cpu"
+        self.tile_batch = (
+            1
+            if one_by_one
+            else tile_batch_size(
+                grid.patch_size,
+                features=settings.features,
+                device_class=settings.device.type,
+                memory_bytes=_device_memory(settings.device),
+            )
         )
 
     @property

@@ -242,6 +242,7 @@ def test_autocast_keeps_float32_results() -> None:
 def test_batch_size_follows_from_model_and_device_alone() -> None:
     assert tile_batch_size((128, 128, 128), features=32, device_class="cpu") == 1
     assert tile_batch_size((64, 48), features=32, device_class="cpu") > 8
+    assert tile_batch_size((40, 56, 40), features=32, device_class="cpu") == 2
     gib = 2**30
     small = tile_batch_size((96, 96, 96), features=32, device_class="cuda", memory_bytes=8 * gib)
     large = tile_batch_size((96, 96, 96), features=32, device_class="cuda", memory_bytes=80 * gib)
