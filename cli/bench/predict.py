@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "plans" / "bench"))
 
 from speed import family, share
 
-from medmamba.kernels.placement import processor_name
+from medmamba.machine import processor_name
 
 CLASSES = 14
 COARSE, FINE = (100, 160, 160), (150, 320, 320)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from medmamba.kernels.placement import processor_name
+from medmamba.machine import processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results" / "short_runs.json"
 

@@ -25,7 +25,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from medmamba.kernels.placement import processor_name
+from medmamba.machine import processor_name
 
 NNUNET_TRAIN = """
 import json, sys, time

@@ -26,7 +26,7 @@ from figures import figures
 from medmamba.files import to_json, write_atomic
 from medmamba.kernels import native, selective_scan
 from medmamba.kernels.native_call import INSTRUCTION_SET_VARIABLE, instruction_set
-from medmamba.kernels.placement import processor_name
+from medmamba.machine import processor_name
 from medmamba.training.precision import keep_freed_memory
 
 STATE = 16

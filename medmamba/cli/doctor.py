@@ -108,7 +108,7 @@ def _memory() -> str:
 def _device() -> list[Finding]:
     import torch
 
-    from medmamba.kernels.placement import processor_name
+    from medmamba.machine import processor_name
     from medmamba.training.precision import describe_cpu
 
     findings = [Finding("CPU", f"{processor_name()}, {describe_cpu()}")]

@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ class Assignment:
         rejected: cases turned away before, to be recorded with the rest.
         total: length of a stream, where somebody knows it.
         shard: which share of the work this is, as INDEX/COUNT; for the journal.
+        request: what was asked for, and of which machine, as JSON values; for the run's manifest.
         fail_on: which failures show in the exit code.
         alert: end with the exit code of a security refusal where names or paths are unsafe.
         max_failures: stop after so many cases without a mask.
@@ -65,6 +66,7 @@ class Assignment:
     rejected: Sequence[Rejection] = ()
     total: int | None = None
     shard: str = ""
+    request: Mapping[str, Any] = field(default_factory=dict)
     fail_on: FailOn = "any"
     alert: bool = False
     max_failures: int | None = None

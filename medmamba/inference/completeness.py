@@ -9,6 +9,7 @@ from medmamba.dataset.manifest import CaseStream, open_cases
 from medmamba.dataset.redaction import read_key
 from medmamba.dataset.shards import Shard
 from medmamba.files import RECORD_CONFIG
+from medmamba.inference.history import manifests
 from medmamba.inference.records import read_record, records_folder
 from medmamba.inference.status import ShardState, run_shards
 
@@ -52,8 +53,9 @@ def missing_cases(
     """
     folder = records_folder(folder)
     work = open_cases(
-        source, channels=_channels(folder), root=root, follow_links=True, modalities=modalities
-    )
+        source, channels=_channels(folder), file_ending=_file_ending(folder), root=root,
+        follow_links=True, modalities=modalities,
+    )  # fmt: skip
     redaction = None if key is None else read_key(key)
     listed: Iterable[Case | Rejection] = work if isinstance(work, CaseStream) else ()
     if isinstance(work, CaseListing):
@@ -70,6 +72,12 @@ def _channels(folder: Path) -> int:
         if record is not None and record.succeeded:
             return len(record.inputs)
     return 1
+
+
+def _file_ending(folder: Path) -> str | None:
+    """The format that the model of the latest run takes; None where no finished run says so."""
+    latest = next(manifests(folder), {})
+    return str(latest.get("request", {}).get("file_ending") or "") or None
 
 
 def _shard_of(name: str, count: int | None) -> str | None:

@@ -84,7 +84,7 @@ def predict_cases(
         run.log("started", **assignment.describe())
         _work_through(work, assignment.work, ledger, tally, drain, prefetch_bytes)
         exit_code = drain.exit_code or tally.exit_code
-        finish_run(run, folder, exit_code, model, parameters, overwrite)
+        finish_run(run, folder, exit_code, model, parameters, overwrite, assignment.request)
     return tally.outcome(run.run_id, folder, exit_code)
 
 
@@ -95,9 +95,12 @@ def finish_run(
     model: ModelIdentity,
     parameters: Mapping[str, Any],
     overwrite: str,
+    request: Mapping[str, Any],
 ) -> None:
     """Seal the journal of a run and sum it up, whatever engine it had."""
-    context = {"model": model, "parameters": parameters, "overwrite": overwrite}
+    context = {
+        "model": model, "parameters": parameters, "overwrite": overwrite, "request": request,
+    }  # fmt: skip
     run.finish(records_of_run(folder, run.run_id), context=context, exit_code=exit_code)
 
 

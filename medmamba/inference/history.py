@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from medmamba.inference.journal import RUNS_FOLDER
+from medmamba.errors import MedMambaError
+from medmamba.files import read_json
+from medmamba.inference.journal import MANIFEST_FILE, RUNS_FOLDER
 from medmamba.inference.records import CommitRecord, Status, read_record
 
 JOURNALS = "journal-*.jsonl"
@@ -27,6 +29,20 @@ def run_folders(folder: Path) -> list[Path]:
     found = [path for path in runs.iterdir() if any(path.glob(JOURNALS))]
     # Names tell the second; two runs may begin in one.
     return sorted(found, key=lambda path: (_begun(path), path.name))
+
+
+def manifests(folder: Path) -> Iterator[dict[str, Any]]:
+    """Read the manifests of runs into an output folder, latest first.
+
+    A killed run has none; one that cannot be read vouches for nothing and is passed over.
+    """
+    for place in reversed(run_folders(folder)):
+        try:
+            content = read_json(place / MANIFEST_FILE, what="manifest", error=MedMambaError)
+        except MedMambaError:
+            continue
+        if isinstance(content, dict):
+            yield content
 
 
 def _begun(run_folder: Path) -> str:

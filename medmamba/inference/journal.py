@@ -57,6 +57,8 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
 
 
+MANIFEST_FILE = "manifest.json"
+
 OnEvent = Callable[[dict[str, Any]], None]
 """Called with an event's name (``event``), time and values."""
 
@@ -173,7 +175,7 @@ class Run:
             "journal_sha256": self._previous,
         }
         failpoint("before_manifest")
-        write_atomic(self.folder / "manifest.json", to_json(manifest))
+        write_atomic(self.folder / MANIFEST_FILE, to_json(manifest))
 
 
 def set_aside(path: Path, run_folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from medmamba.errors import MedMambaError
 from medmamba.files import RECORD_CONFIG, read_json
-from medmamba.inference.journal import RUNS_FOLDER
+from medmamba.inference.journal import MANIFEST_FILE, RUNS_FOLDER
 from medmamba.inference.records import records_folder
 
 State = Literal["holds", "open", "changed"]
@@ -48,7 +48,7 @@ def verify_runs(folder: Path) -> tuple[RunState, ...]:
 
 
 def _judge(run: Path) -> RunState:
-    manifest = run / "manifest.json"
+    manifest = run / MANIFEST_FILE
     finished = manifest.is_file()
     try:
         last = {_follow(path, finished=finished) for path in sorted(run.glob("journal-*.jsonl"))}

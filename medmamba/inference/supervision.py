@@ -80,8 +80,9 @@ def predict_supervised(
             supervision.close()
         exit_code = drain.exit_code or tally.exit_code
         finish_run(
-            run, setup.folder, exit_code, setup.model, supervision.parameters, setup.overwrite
-        )
+            run, setup.folder, exit_code, setup.model, supervision.parameters, setup.overwrite,
+            assignment.request,
+        )  # fmt: skip
     return tally.outcome(run.run_id, setup.folder, exit_code)
 
 

@@ -4,11 +4,9 @@ Some layers have a form for CPUs, which keeps other tensors for the backward pas
 one. Whoever counts what a GPU would need asks for the common forms on fake CPU tensors.
 """
 
-import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,13 +44,3 @@ def on_cpu(tensor: Tensor) -> bool:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the GPU that a tensor is on the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def processor_name() -> str:
-    """Name of the processor, as the system gives it."""
-    table = Path("/proc/cpuinfo")
-    if table.exists():
-        for line in table.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

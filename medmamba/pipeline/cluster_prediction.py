@@ -84,7 +84,10 @@ def predict_on_cluster(
         finally:
             driver.close()
         exit_code = drain.exit_code or tally.exit_code
-        finish_run(run, setup.folder, exit_code, setup.model, driver.parameters, setup.overwrite)
+        finish_run(
+            run, setup.folder, exit_code, setup.model, driver.parameters, setup.overwrite,
+            assignment.request,
+        )  # fmt: skip
     # What killed workers were writing; nobody does any more, unless another run is there.
     sweep_temporary_files(setup.folder)
     return tally.outcome(run.run_id, setup.folder, exit_code)

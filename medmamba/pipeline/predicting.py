@@ -18,6 +18,7 @@ from medmamba.inference.draining import DEFAULT_GRACE_S, DrainRequest, drain_on_
 from medmamba.inference.overlap import Work
 from medmamba.io import DEFAULT_GATE, Gate
 from medmamba.io.viewer_labels import write_viewer_labels
+from medmamba.machine import describe_machine
 from medmamba.pipeline.bids_layout import BidsLayout
 from medmamba.pipeline.cluster import ENGINES, Engine
 from medmamba.pipeline.label_forms import segments_of, viewer_labels
@@ -173,6 +174,7 @@ def predict(
     from medmamba.inference.engine import predict_cases
     from medmamba.inference.records import ModelIdentity
     from medmamba.inference.supervision import predict_supervised
+    from medmamba.inference.unchanged import skip_all
     from medmamba.inference.worker import WorkerSetup
 
     if not 0 < step <= 1:
@@ -233,10 +235,22 @@ def predict(
 
         assignment = Assignment(
             cases=cases, rejected=rejected, total=total, shard=str(share or ""), fail_on=fail_on,
+            request={
+                "options": options, "file_ending": bundle.plan.file_ending,
+                "machine": describe_machine(),
+            },
             alert=gate.strict, max_failures=max_failures, on_case=on_decided, on_event=on_event,
             on_tiles=_progress_to(on_event), on_ready=lambda about: announce(about["settings"]),
         )  # fmt: skip
-        if on_ray:
+        run = (
+            None
+            if on_ray
+            else skip_all(assignment, folder, model=identity, overwrite=overwrite, drain=drain)
+        )
+        if run is not None:
+            if on_message is not None:
+                on_message("every case is done; nothing to predict")
+        elif on_ray:
             run = _predict_on_ray(
                 address, assignment, bundle, folder, drain, options, reading,
                 timeout_s=timeout_per_case,
