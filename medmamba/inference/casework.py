@@ -4,11 +4,13 @@
 write, commit) run in different threads; a job passes from one to the next and is never shared.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +109,7 @@ class CaseWork:
         job = Job(case=case)
         with _Guard(self, job, "read"):
             failpoint("before_case", case.id)
+            before = _states(case.images)
             job.inputs = identify(case.images)
             job.key = work_key(job.inputs, self._ledger.model, self._ledger.parameters)
             job.record = self._ledger.kept(case, job.key)
@@ -120,6 +123,12 @@ class CaseWork:
                         gate=self._gate,
                         channel_names=self._channel_names,
                         orientation=self._orientation,
+                    )
+                if _states(case.images) != before:
+                    raise InputError(
+                        f"case {case.id}: a file changed between being hashed and being read. "
+                        "Wait until it is complete.",
+                        code="E_IO_CHANGED",
                     )
                 with job.watch.time("preprocess"):
                     job.prepared = self._predictor.prepare(image)
@@ -298,6 +307,19 @@ def _describe_written(path: Path) -> OutputFile:
             "the same folder. Run again when it has ended.",
             code="E_OUT_SHARED",
         ) from error
+
+
+def _states(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """Size, time of change and number of every file, of a folder those in it; none of one gone."""
+    files = chain.from_iterable(
+        sorted(path.iterdir()) if path.is_dir() else [path] for path in paths
+    )
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            state = file.stat()
+            found.append((state.st_size, state.st_mtime_ns, state.st_ino))
+    return found
 
 
 def _note_padding(

@@ -179,6 +179,9 @@ def test_unsafe_names_of_a_list_are_rejected_and_raise_an_alarm_where_asked_to(
         assert {records[name]["status"] for name in ("case0", "case1")} <= {"ok", "skipped"}
         rejected = [record for record in records.values() if record["status"] == "rejected"]
         assert [record["error"]["code"] for record in rejected] == ["E_PATH_UNSAFE"] * 6
+        if "never" not in options:
+            about = ("-i", work, "-o", tmp_path / "out", "-m", model, "--dry-run", *options)
+            assert medmamba("predict", *about)[0] == expected
     after = {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "out")}
     assert after == before
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
