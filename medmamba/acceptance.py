@@ -9,6 +9,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from medmamba.errors import BundleError
 from medmamba.files import RECORD_CONFIG
+from medmamba.inference.probe import Expected, Probes, pack, unpack
 from medmamba.labels import LabelMap
 from medmamba.plans.plan import ConfigurationPlan
 from medmamba.preprocessing.recipe import ChannelStatistics
@@ -38,6 +40,9 @@ COARSENING = 1.25
 SLICES_2D = 2
 QUANTUM = 1 / 64
 """Intensities are whole multiples of this, so that no mathematical library shows in them."""
+
+MOST_PROBED = 2**24
+"""Voxels of all passes with flips, up to which they are computed when a model is written."""
 
 EQUIVALENT_AGREEMENT = 0.999
 """Share of equal voxels that another kind of processor must reach."""
@@ -152,6 +157,48 @@ def repeat_reference_case(
     return Acceptance(outcome=outcome, agreement=agreement, logits_difference=difference)
 
 
+def make_probes(
+    networks: "Sequence[nn.Module]",
+    configuration: ConfigurationPlan,
+    label_map: LabelMap,
+    intensities: Sequence[ChannelStatistics] = (),
+    previous: "Stage | None" = None,
+) -> Probes:
+    """Predict the synthetic image on the CPU in float32, plain and with flips, for parity gates.
+
+    Arguments are those of `make_reference_case`. Flips of large models are left out: gates compute
+    them where they are needed.
+    """
+    image = synthetic_image(configuration, intensities)
+    axes = configuration.training.mirror_axes
+    inputs = prod(configuration.grid.patch_size) * len(networks)
+    probes = []
+    for mirror in (False, True) if axes and inputs * 2 ** len(axes) <= MOST_PROBED else (False,):
+        predictor = _predictor(networks, configuration, label_map, previous, mirror=mirror)
+        logits = predictor.logits(predictor.prepare(image)).numpy()
+        probe = pack(
+            logits, label_map, pattern_version=PATTERN_VERSION,
+            mirror_axes=axes if mirror else (), folds=len(networks),
+        )  # fmt: skip
+        probes.append(probe)
+    return Probes(probes=tuple(probes))
+
+
+def expected_of(
+    probes: Probes, *, mirror_axes: tuple[int, ...], folds: int, label_map: LabelMap
+) -> Expected | None:
+    """Find what float32 says with these flips and folds; None where nobody has computed it.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    wanted = (PATTERN_VERSION, mirror_axes, folds)
+    for probe in probes.probes:
+        if (probe.pattern_version, probe.mirror_axes, probe.folds) == wanted:
+            return unpack(probe, label_map)
+    return None
+
+
 def synthetic_image(
     configuration: ConfigurationPlan, intensities: Sequence[ChannelStatistics] = ()
 ) -> Volume:
@@ -209,6 +256,8 @@ def _predictor(
     configuration: ConfigurationPlan,
     label_map: LabelMap,
     previous: "Stage | None",
+    *,
+    mirror: bool = False,
 ) -> "Predictor":
     from medmamba.inference.predictor import PredictionSettings, Predictor
 
@@ -217,8 +266,13 @@ def _predictor(
         grid=configuration.grid,
         preprocessing=configuration.preprocessing,
         label_map=label_map,
-        settings=PredictionSettings(features=configuration.network.features[0]),
-        previous=None if previous is None else _predictor(*previous, label_map, None),
+        settings=PredictionSettings(
+            features=configuration.network.features[0],
+            mirror_axes=configuration.training.mirror_axes if mirror else (),
+        ),
+        previous=(
+            None if previous is None else _predictor(*previous, label_map, None, mirror=mirror)
+        ),
     )
 
 

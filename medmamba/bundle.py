@@ -3,7 +3,7 @@
 ::
 
     model/  manifest.json  plan.json  weights/fold_<k>.safetensors  reference.json
-            postprocessing.json  CARD.md  SHA256SUMS
+            parity.json  postprocessing.json  CARD.md  SHA256SUMS
     model/  manifest.json  members/<name>/...  postprocessing.json  CARD.md  SHA256SUMS
 
 The second form is an ensemble of bundles of the first. Nothing in either is code, nothing is
@@ -23,6 +23,7 @@ from medmamba.bundling.manifest import (
 from medmamba.bundling.reading import (
     Bundle,
     load_bundle,
+    load_expected,
     load_networks,
     load_previous_networks,
     verify_bundle,
@@ -38,6 +39,7 @@ __all__ = [
     "WeightsEntry",
     "find_bundle",
     "load_bundle",
+    "load_expected",
     "load_networks",
     "load_previous_networks",
     "read_manifest",

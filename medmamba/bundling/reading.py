@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medmamba.acceptance import Acceptance, ReferenceCase, repeat_reference_case
+from medmamba.acceptance import Acceptance, ReferenceCase, expected_of, repeat_reference_case
 from medmamba.bundling.manifest import (
     MANIFEST_FILE,
+    PROBES_FILE,
     REFERENCE_FILE,
     SUMS_FILE,
     WEIGHTS_FOLDER,
@@ -18,6 +19,7 @@ from medmamba.bundling.manifest import (
 )
 from medmamba.errors import BundleError, EnvironmentFault, SecurityError
 from medmamba.files import from_plain, hash_file, read_json
+from medmamba.inference.probe import Expected, Probes
 from medmamba.networks.tensor_file import check_tensor_file, header_length
 from medmamba.plans.nnunet_schema import load_plan
 from medmamba.plans.plan import ConfigurationPlan, Plan
@@ -96,7 +98,7 @@ def load_bundle(path: Path, *, folds: Sequence[int | str] | None = None) -> Bund
     manifest = _chosen_folds(manifest, folder, folds)
     weights = (*manifest.weights, *manifest.previous_weights)
     used = [MANIFEST_FILE, manifest.plan, *(entry.file for entry in weights)]
-    used += [REFERENCE_FILE] if (folder / REFERENCE_FILE).exists() else []
+    used += [name for name in (REFERENCE_FILE, PROBES_FILE) if (folder / name).exists()]
     used += [manifest.postprocessing] if manifest.postprocessing is not None else []
     for name in used:
         _require_file(folder, name)
@@ -140,6 +142,31 @@ def load_previous_networks(bundle: Bundle) -> "list[nn.Module]":
         return []
     paths = [bundle.folder / entry.file for entry in bundle.manifest.previous_weights]
     return [build_loaded(branch, load_weights(path), what=str(path)) for path in paths]
+
+
+def load_expected(bundle: Bundle, *, mirror_axes: tuple[int, ...]) -> Expected | None:
+    """Read what the networks say of the synthetic image in float32, averaged over these flips.
+
+    Args:
+        bundle: of one network.
+        mirror_axes: of the flips; empty for none.
+
+    Returns:
+        None where it was not stored, as by earlier versions and of large models.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    path = bundle.folder / PROBES_FILE
+    if not path.exists():
+        return None
+    content = read_json(path, what="parity probes", error=BundleError)
+    return expected_of(
+        from_plain(Probes, content, what=str(path), error=BundleError),
+        mirror_axes=mirror_axes,
+        folds=len(bundle.manifest.weights),
+        label_map=bundle.plan.label_map,
+    )
 
 
 def verify_bundle(bundle: Bundle) -> Acceptance:

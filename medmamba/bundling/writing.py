@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medmamba.acceptance import ReferenceCase, make_reference_case
+from medmamba.acceptance import ReferenceCase, make_probes, make_reference_case
 from medmamba.bundling.card import render_card
 from medmamba.bundling.manifest import (
     CARD_FILE,
@@ -15,6 +15,7 @@ from medmamba.bundling.manifest import (
     PLAN_FILE,
     POSTPROCESSING_FILE,
     PREVIOUS_PREFIX,
+    PROBES_FILE,
     REFERENCE_FILE,
     SUMS_FILE,
     WEIGHTS_FOLDER,
@@ -26,6 +27,7 @@ from medmamba.bundling.reading import Bundle, build_loaded, load_bundle, require
 from medmamba.errors import BundleError, EnvironmentFault
 from medmamba.evaluation.palette import label_colors
 from medmamba.files import TEMPORARY_PREFIX, hash_file, sync_folder, to_json, write_atomic
+from medmamba.inference.probe import Probes
 from medmamba.labels import UsualVolume
 from medmamba.plans.nnunet_schema import save_plan
 from medmamba.plans.plan import Plan
@@ -112,8 +114,9 @@ def save_bundle(
         save_plan(scratch / PLAN_FILE, plan)
         _write_description(scratch, manifest, postprocessing)
         if reference_case:
-            case = _make_reference(plan, configuration, weights, previous_weights)
+            case, probes = _make_reference(plan, configuration, weights, previous_weights)
             write_atomic(scratch / REFERENCE_FILE, to_json(case))
+            write_atomic(scratch / PROBES_FILE, to_json(probes))
 
     return _write_whole(folder, fill)
 
@@ -205,7 +208,7 @@ def _make_reference(
     configuration: str,
     weights: "Sequence[Mapping[str, Tensor]]",
     previous_weights: "Sequence[Mapping[str, Tensor]]",
-) -> ReferenceCase:
+) -> tuple[ReferenceCase, Probes]:
     branch = plan.configurations[configuration]
     networks = [build_loaded(branch, state, what="weights") for state in weights]
     previous = None
@@ -213,7 +216,8 @@ def _make_reference(
         first = plan.configurations[branch.previous_stage]
         built = [build_loaded(first, state, what="weights") for state in previous_weights]
         previous = (built, first)
-    return make_reference_case(networks, branch, plan.label_map, plan.intensities, previous)
+    case = make_reference_case(networks, branch, plan.label_map, plan.intensities, previous)
+    return case, make_probes(networks, branch, plan.label_map, plan.intensities, previous)
 
 
 def _write_weights(

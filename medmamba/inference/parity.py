@@ -5,16 +5,17 @@ voxels is judged by a count, which varies: a model is turned down where it chang
 one that just keeps a Dice of 0.999 would by chance, one time in `CHANCE`.
 """
 
-from collections.abc import Iterator
 from math import exp, sqrt
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from medmamba.errors import BundleError
 from medmamba.inference.course import Course
 from medmamba.inference.predictor import Predictor
+from medmamba.inference.probe import Expected, decide, expect, masks, sampled
 from medmamba.inference.records import Parity
-from medmamba.labels import LabelMap
 from medmamba.volume import Volume
 
 REQUIRED_DICE = 0.999
@@ -33,13 +34,29 @@ LARGEST_ERROR = 0.05
 
 def compare_precisions(full: Predictor, reduced: Predictor, image: Volume) -> Parity:
     """Compare two predictors of one model that differ in precision, on one image."""
-    prepared = full.prepare(image)
-    course = Course()
-    expected = torch.cat([planes for _, planes in full.planes(prepared, Course())], dim=1)
-    found = torch.cat([planes for _, planes in reduced.planes(prepared, course)], dim=1)
-    error = float((found - expected).square().mean().sqrt() / expected.std().clamp_min(1e-12))
-    dice, changed, alike = {}, torch.zeros(expected.shape[1:], dtype=torch.bool), True
-    for name, one, other in _masks(full.label_map, expected, found):
+    logits = full.logits(full.prepare(image)).numpy()
+    return compare_with(expect(logits, full.label_map), reduced, image)
+
+
+def compare_with(expected: Expected, reduced: Predictor, image: Volume) -> Parity:
+    """Compare a predictor in reduced precision with what float32 said of an image.
+
+    Raises:
+        BundleError: that was said of another grid than the image has here.
+    """
+    course, label_map = Course(), reduced.label_map
+    planes = [part for _, part in reduced.planes(reduced.prepare(image), course)]
+    logits = torch.cat(planes, dim=1).numpy()
+    found = decide(logits, label_map)
+    if found.shape != expected.decided.shape:
+        raise BundleError(
+            f"parity probe: made on a grid of {expected.decided.shape}, the plan makes "
+            f"{found.shape}. Make the model folder anew."
+        )
+    error = _deviation(sampled(logits, expected.stride), expected)
+    dice, changed, alike = {}, np.zeros(logits.shape[1:], dtype=bool), True
+    pairs = zip(masks(expected.decided, label_map), masks(found, label_map), strict=True)
+    for (name, one), (_, other) in pairs:
         flips = int((one ^ other).sum())
         voxels = int(one.sum()) + int(other.sum())
         changed |= one ^ other
@@ -51,10 +68,16 @@ def compare_precisions(full: Predictor, reduced: Predictor, image: Volume) -> Pa
         # What had to be repeated in float32 was not finite.
         passed=alike and error <= LARGEST_ERROR and not course.fallbacks,
         dice=dice,
-        voxels=changed.numel(),
+        voxels=changed.size,
         changed=int(changed.sum()),
         logits_error=round(error, 5),
     )
+
+
+def _deviation(logits: NDArray[np.float32], expected: Expected) -> float:
+    """Root mean square of the difference, in standard deviations."""
+    difference = logits - expected.logits
+    return float(np.sqrt(np.square(difference).mean()) / max(expected.std, 1e-12))
 
 
 def most_by_chance(usual: float) -> int:
@@ -68,14 +91,3 @@ def most_by_chance(usual: float) -> int:
         probability *= usual / count
         beyond += probability
     return max(LEAST_CHANGES, count)
-
-
-def _masks(
-    label_map: LabelMap, expected: Tensor, found: Tensor
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Per label or region its voxels in both."""
-    for channel, name in enumerate(label_map.foreground):
-        if label_map.has_regions:
-            yield name, expected[channel] > 0, found[channel] > 0
-        else:
-            yield name, expected.argmax(0) == channel + 1, found.argmax(0) == channel + 1

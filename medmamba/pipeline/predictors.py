@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmamba.acceptance import synthetic_image
-from medmamba.bundle import Bundle, load_bundle, load_networks, load_previous_networks
+from medmamba.bundle import (
+    Bundle,
+    load_bundle,
+    load_expected,
+    load_networks,
+    load_previous_networks,
+)
 from medmamba.errors import EnvironmentFault
 from medmamba.plans.plan import ConfigurationPlan
 from medmamba.preprocessing.memory_gate import available_bytes
@@ -187,14 +193,23 @@ class _Stages:
     def parity(self, precision: str, *, mirror: bool) -> "Parity":
         """Compare reduced precision with float32 on the synthetic image of the acceptance test.
 
+        What float32 says travels with the model, hashed like its weights, or is computed here.
+
         With the flips that will be averaged, which cancel errors where a model takes all of them
         alike, and make it waver where it does not.
         """
-        from medmamba.inference.parity import compare_precisions
+        from medmamba.inference.parity import compare_precisions, compare_with
 
-        image = synthetic_image(self._bundle.configuration, self._bundle.plan.intensities)
-        full, reduced = (self.predictor(each, mirror=mirror) for each in ("fp32", precision))
-        return compare_precisions(full, reduced, image)
+        branch = self._bundle.configuration
+        image = synthetic_image(branch, self._bundle.plan.intensities)
+        reduced = self.predictor(precision, mirror=mirror)
+        axes = branch.training.mirror_axes if mirror else ()
+        expected = None
+        if not self._how.get("compat"):  # which rounds as nothing stored does
+            expected = load_expected(self._bundle, mirror_axes=axes)
+        if expected is not None:
+            return compare_with(expected, reduced, image)
+        return compare_precisions(self.predictor("fp32", mirror=mirror), reduced, image)
 
 
 def check_parity(

@@ -131,7 +131,7 @@ def run_apart(images: Path, output: Path, model: Path, *options: str) -> tuple[d
 
 @pytest.mark.slow
 def test_a_hundred_thousand_files_are_listed_in_time(model, images, tmp_path) -> None:
-    """D7: by `check`, which reads what can be read; every other file is refused by its length."""
+    """D7: listed in ten seconds of processor time, with ten kilobytes a file at most."""
     begin = ["-c", f"""
 import resource, time
 from pathlib import Path
@@ -147,7 +147,7 @@ print(len(listing.cases), time.process_time() - begun,
     count, seconds, mib = done.stdout.split()
     assert int(count) == 100_002
     assert float(seconds) < 10
-    assert int(mib) < 600
+    assert int(mib) < 1000
     command = [sys.executable, "-m", "medmamba", "predict", "-i", str(images), "-m", str(model)]
     command += ["-o", str(tmp_path / "out"), "--max-failures", "1", "--no-report"]
     begun = time.monotonic()

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 
 import medmamba
 from medmamba.bundle import load_bundle, save_bundle
-from medmamba.inference.parity import CHANCE, compare_precisions, most_by_chance
+from medmamba.errors import BundleError, SecurityError
+from medmamba.inference.parity import (
+    CHANCE,
+    compare_precisions,
+    compare_with,
+    most_by_chance,
+)
 from medmamba.inference.predictor import PredictionSettings, Predictor
+from medmamba.inference.probe import pack, unpack
 from medmamba.labels import LabelMap
 from medmamba.networks import build_network
+from medmamba.pipeline import predictors as predictors_module
 from medmamba.pipeline.predictors import check_parity, make_predictor
 from medmamba.preprocessing.recipe import ChannelRecipe, Normalization, PreprocessingRecipe
 from medmamba.training.precision import has_native_bf16
@@ -176,3 +184,37 @@ def test_a_free_choice_that_ends_in_fp32_is_told_but_no_fallback(tmp_path: Path)
     assert found.fallbacks == ()
     asked = make_predictor(bundle, device="cpu", precision="bf16")
     assert asked.restore(asked.infer(asked.prepare(image()))).fallbacks
+
+
+@pytest.mark.parametrize("label_map", [CLASSES, REGIONS], ids=["classes", "regions"])
+@pytest.mark.parametrize("error", [0.0, 0.04])
+def test_what_was_stored_is_judged_like_what_is_computed(label_map: LabelMap, error: float) -> None:
+    full, reduced = predictors(Wavering(error), label_map)
+    logits = full.logits(full.prepare(image(24))).numpy()
+    probe = pack(logits, label_map, pattern_version=1, mirror_axes=(), folds=1)
+    found = compare_with(unpack(probe, label_map), reduced, image(24))
+    live = compare_precisions(full, reduced, image(24))
+    assert found.logits_error == pytest.approx(live.logits_error, rel=0.05, abs=1e-5)
+    assert dataclasses.replace(found, logits_error=live.logits_error) == live
+    with pytest.raises(BundleError, match="sizes"):
+        unpack(dataclasses.replace(probe, shape=(2, 8, 8, 8)), label_map)
+
+
+def test_a_models_gate_takes_what_travels_with_it(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    plan = tiny_plan()
+    state = build_network(plan.configurations["3d_fullres"].network).state_dict()
+    save_bundle(folder, plan=plan, configuration="3d_fullres", weights=[state])
+    stored = [check_parity(folder, "bf16", "cpu", mirror=mirror) for mirror in (False, True)]
+    monkeypatch.setattr(predictors_module, "load_expected", lambda *_, **__: None)
+    computed = [check_parity(folder, "bf16", "cpu", mirror=mirror) for mirror in (False, True)]
+    for (one,), (other,) in zip(stored, computed, strict=True):
+        assert one.logits_error == pytest.approx(other.logits_error, rel=0.05)
+        assert dataclasses.replace(one, logits_error=other.logits_error) == other
+    (folder / "parity.json").write_text((folder / "parity.json").read_text().replace("1", "2"))
+    with pytest.raises(SecurityError, match=r"parity\.json"):
+        load_bundle(folder)
+    (folder / "parity.json").unlink()
+    monkeypatch.undo()
+    assert check_parity(folder, "bf16", "cpu", mirror=True) == computed[1]
