@@ -7,16 +7,18 @@ Each step leaves what is needed to undo it in an `UndoRecord`; undoing is in
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medmamba.errors import GeometryError
+from medmamba.errors import GeometryError, InputError
 from medmamba.files import RECORD_CONFIG
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.crop import box_slices, mark_outside, nonzero_box, nonzero_region
 from medmamba.preprocessing.locations import ClassLocations, sample_locations
+from medmamba.preprocessing.memory_gate import available_bytes
 from medmamba.preprocessing.normalize import Scaling, find_scalings
 from medmamba.preprocessing.recipe import PreprocessingRecipe
 from medmamba.preprocessing.resample import (
@@ -207,6 +209,23 @@ def prepare_case(
     )
 
 
+def _require_room(case: PreparedCase, record: UndoRecord) -> None:
+    """Refuse what memory does not hold at the working spacing, before anything is allocated.
+
+    A wrong spacing in a header makes a small file a huge one.
+    """
+    needed = prod(record.working_shape) * len(case.raw) * np.dtype(np.float32).itemsize
+    if prod(record.working_shape) <= prod(case.shape) or needed <= available_bytes():
+        return
+    size, spacing = ("x".join(map(str, values)) for values in (case.shape, record.spacing_mm))
+    raise InputError(
+        f"{size} voxels of {spacing} mm become {'x'.join(map(str, record.working_shape))} at the "
+        f"network's spacing: {needed / 2**30:.1f} GiB, more than is free. Check the spacing in the "
+        "header, crop the image, or use a larger machine.",
+        code="E_LIMIT_RAM",
+    )
+
+
 def resample_case(
     case: PreparedCase,
     *,
@@ -228,9 +247,11 @@ def resample_case(
 
     Raises:
         GeometryError: the case would vanish at the working spacing.
+        InputError: it would take more memory there than is free.
     """
     axes, resampled = recipe.transpose_forward, recipe.data.method != "none"
     record = _record(case.geometry, axes, case.box, grid, resampled=resampled)
+    _require_room(case, record)
     axis = separate_axis(record.spacing_mm, record.working_spacing_mm, recipe.data.separate_z)
     if case.shape == record.working_shape or device is not None or recipe.data.method != "spline":
         data = case.data(consume=consume)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from medmamba.errors import GeometryError
+from medmamba.errors import GeometryError, InputError
 from medmamba.files import from_plain, to_plain
 from medmamba.labels import LabelMap
 from medmamba.preprocessing.pipeline import PreprocessedCase, UndoRecord, preprocess_case
@@ -186,6 +186,17 @@ def test_unusable_cases_are_errors() -> None:
         run(image, other, (1.0, 1.0, 1.0))
     with pytest.raises(GeometryError, match="spacing in the file is probably wrong"):
         run(image, labels, (100.0, 1.0, 1.0))
+
+
+def test_a_spacing_that_makes_a_small_image_huge_is_refused() -> None:
+    """30 mm instead of 0.3: 20 voxels along an axis would become 6,000."""
+    image = Volume(
+        array=np.random.default_rng(0).normal(size=(1, 20, 20, 20)).astype(np.float32),
+        geometry=Geometry.from_spacing((20, 20, 20), (30.0, 30.0, 30.0)),
+    )
+    with pytest.raises(InputError, match=r"6000x6000x6000.*GiB") as refused:
+        run(image, None, (0.1, 0.1, 0.1))
+    assert refused.value.code == "E_LIMIT_RAM"
 
 
 @settings(max_examples=20, deadline=None)
