@@ -69,7 +69,7 @@ def train(
     precision: str = "auto",
     device: str = "auto",
     deterministic: bool = False,
-    cuda_graph: bool = True,
+    cuda_graph: bool = False,
     validate: bool = True,
     tensorboard: bool = False,
     on_epoch: "Callable[[EpochReport], None] | None" = None,
@@ -112,7 +112,8 @@ def train(
         precision: ``auto`` takes bf16 where the device has it natively.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         deterministic: bit-exact on GPUs too; CPU runs always are.
-        cuda_graph: replay steps on a GPU from a CUDA graph where they fit into its memory twice.
+        cuda_graph: replay steps on a GPU from a CUDA graph where they fit into its memory twice;
+            new, and tried step by step rather than in whole runs.
         validate: at the end, predict and score the fold's validation cases as wholes.
         tensorboard: also write curves for TensorBoard (extra ``tensorboard``).
         on_epoch: called after every epoch.

@@ -15,6 +15,7 @@ import torch
 
 from medmamba.errors import EnvironmentFault, TrainingError
 from medmamba.training.sampling import Batch, PatchSampler
+from medmamba.training.step_graph import recording
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +149,15 @@ class BatchLoader:
 
     def _make(self, number: int) -> Batch:
         try:
-            return self._sampler.batch(number, self._samples)
+            with recording:
+                return self._sampler.batch(number, self._samples)
         except Exception as error:
             logger.warning(
                 "case %s: making batch %d failed (%s: %s); trying once more",
                 self._sampler.current_case, number, type(error).__name__, error,
             )  # fmt: skip
-            return self._sampler.batch(number, self._samples)
+            with recording:
+                return self._sampler.batch(number, self._samples)
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._closing.is_set():

@@ -53,7 +53,7 @@ class TrainingSetup:
     previous_folder: Path | None = None
     previous_identity: str = ""
     start: Start | None = None
-    cuda_graph: bool = True
+    cuda_graph: bool = False
     tensorboard: bool = False
 
     @property

@@ -6,10 +6,13 @@ the same inputs; kernels and results are those of the step it was recorded from.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from medmamba.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +21,10 @@ WARMUP = 3
 
 ROOM = 1.25
 """A graph holds its step's memory for good, and validation needs some beside it."""
+
+recording = threading.Lock()
+"""Held while a graph is recorded, and by whoever else uses the GPU from another thread: CUDA ends
+a recording when a thread beside it allocates."""
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """Writes the gradients of a batch (data, target) into parameters that have none; gives the loss."""
@@ -36,7 +43,7 @@ class StepGraph:
         self._compute = compute
         self._key: object = None
         self._steps = 0
-        self._given_up = False
+        self._fits = True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss: Tensor | None = None
@@ -50,14 +57,18 @@ class StepGraph:
         """Give every trained parameter its gradient for a batch; return the loss.
 
         The tensors of gradients are the same from replay to replay.
+
+        Raises:
+            TrainingError: a step cannot be recorded.
         """
         key = (data.shape, target.shape, [p.requires_grad for p in self._parameters])
         if key != self._key:
             # A new size, or layers frozen or thawed: another graph.
             self._forget()
             self._key, self._steps = key, 0
-        if self._graph is None and self._steps >= WARMUP and not self._given_up:
-            self._record(data, target)
+        if self._graph is None and self._steps >= WARMUP and self._fits:
+            with recording:
+                self._record(data, target)
         if self._graph is None or self._inputs is None or self._loss is None:
             self._steps += 1
             self._without_gradients()
@@ -69,9 +80,12 @@ class StepGraph:
 
     def _record(self, data: Tensor, target: Tensor) -> None:
         self._without_gradients()
-        if not self._has_room(data.device):
-            self._given_up = True
-            logger.info("no CUDA graph: the step takes too much of the GPU's memory to keep it")
+        self._fits = self._has_room(data.device)
+        if not self._fits:
+            logger.warning(
+                "no CUDA graph: a step takes more than the GPU's memory has room for twice; "
+                "steps are launched kernel by kernel"
+            )
             return
         inputs = (data.clone(), target.clone())
         graph = torch.cuda.CUDAGraph()
@@ -79,11 +93,12 @@ class StepGraph:
             with torch.cuda.device(data.device), torch.cuda.graph(graph):
                 loss = self._compute(*inputs).detach()
         except RuntimeError as error:
-            self._given_up = True
-            torch.cuda.synchronize(data.device)
-            self._without_gradients()
-            logger.warning("no CUDA graph, steps are launched kernel by kernel: %s", error)
-            return
+            # What CUDA and torch's random numbers are in now is not to be trained with.
+            raise TrainingError(
+                f"the training step cannot be recorded as a CUDA graph ({error}). "
+                "Train without --cuda-graph.",
+                code="E_TRAIN_GRAPH",
+            ) from error
         self._graph, self._inputs, self._loss = graph, inputs, loss
         logger.info("training steps are replayed from a CUDA graph")
 

@@ -60,7 +60,7 @@ class Stepper:
         precision: str,
         batch_size: int = 1,
         team: Team = ALONE,
-        graph: bool = True,
+        graph: bool = False,
     ) -> None:
         if hasattr(network, "deep_supervision"):
             network.deep_supervision = recipe.deep_supervision  # type: ignore[assignment]
