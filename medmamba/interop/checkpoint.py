@@ -1,5 +1,6 @@
 """Turn official nnU-Net-style checkpoints into a bundle, with the plan the checkpoints hold."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from medmamba.networks import build_network
 from medmamba.networks.spec import NetworkSpec
 from medmamba.plans.nnunet_schema import UNET_CLASSES, plan_from_nnunet
 from medmamba.plans.plan import Plan, Reason
+
+logger = logging.getLogger(__name__)
 
 OUR_PREFIX = "network."
 """Put before every name when nnU-Net has trained one of our networks (``nnunet_network.py``)."""
@@ -175,7 +178,13 @@ def _planned_for(
 ) -> Plan:
     """Return the plan with the network found, and the flips it was trained with."""
     branch = plan.configurations[configuration]
-    axes = tuple(content.get("inference_allowed_mirroring_axes") or ())
+    stated = tuple(content.get("inference_allowed_mirroring_axes") or ())
+    axes = tuple(axis for axis in stated if axis < spec.dimension)
+    if axes != stated:
+        logger.warning(
+            "the checkpoint allows mirroring along axes %s; a network of %d dimensions keeps %s",
+            stated, spec.dimension, axes,
+        )  # fmt: skip
     branch = replace(branch, network=spec, training=replace(branch.training, mirror_axes=axes))
     reason = Reason(
         topic="network",

@@ -91,6 +91,7 @@ def test_sizes_that_the_plan_does_not_hold_are_read_off_the_tensors(
     write_content(tmp_path / "c.pth", state, plans=planned_2d(), configuration="2d")
     bundle = import_checkpoints([tmp_path / "c.pth"], tmp_path / "bundle")
     assert bundle.manifest.network == name
+    assert bundle.configuration.training.mirror_axes == (0,)  # axis 2 is none of a 2D network's
     (network,) = load_networks(bundle)
     image = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
