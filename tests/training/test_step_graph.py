@@ -38,6 +38,12 @@ def batch_of(number: int) -> Batch:
     return Batch(data=data, labels=labels, cases=("a", "b"), iteration=number)
 
 
+def train_all(stepper: Stepper) -> None:
+    stepper.network.train()
+    for number in range(STEPS):
+        stepper.train(batch_of(number), 0.01, number)
+
+
 def test_only_one_process_on_a_gpu_records() -> None:
     assert can_record(CUDA, 1)
     assert not can_record(CUDA, 2)
@@ -72,14 +78,11 @@ def test_replayed_steps_are_launched_steps(name: str, precision: str) -> None:
 @pytest.mark.gpu
 def test_frozen_layers_and_other_sizes_get_graphs_of_their_own() -> None:
     stepper = stepper_of("plain_unet", "fp32", graph=True)
-    stepper.network.train()
-    for number in range(STEPS):
-        stepper.train(batch_of(number), 0.01, number)
+    train_all(stepper)
     frozen = next(stepper.network.parameters())
     before = frozen.detach().clone()
     frozen.requires_grad_(False)
-    for number in range(STEPS):
-        stepper.train(batch_of(number), 0.01, number)
+    train_all(stepper)
     assert stepper.replays
     assert torch.equal(frozen, before)
     half = batch_of(0)
@@ -91,9 +94,7 @@ def test_frozen_layers_and_other_sizes_get_graphs_of_their_own() -> None:
 @pytest.mark.gpu
 def test_a_batch_that_is_not_finite_is_left_out_of_replays_too() -> None:
     stepper = stepper_of("plain_unet", "fp16", graph=True)
-    stepper.network.train()
-    for number in range(STEPS):
-        stepper.train(batch_of(number), 0.01, number)
+    train_all(stepper)
     weights = [p.detach().clone() for p in stepper.network.parameters()]
     bad = batch_of(0)
     bad.data[0, 0, 0, 0, 0] = float("nan")
