@@ -69,12 +69,7 @@ class Ledger:
     def kept(self, case: Case, key: str) -> CommitRecord | None:
         """Return the record of a case that need not be done again, None where it must."""
         record = read_record(self._record_path(case.id))
-        if self._overwrite == "always":
-            return None
-        if not still_holds(record, self.folder):
-            return None
-        assert record is not None
-        if record.key != key and self._overwrite != "never":
+        if record is None or not is_done(record, self.folder, key, self._overwrite):
             return None
         self.run.log("skipped", case=case.id)
         return replace(record, status="skipped")
@@ -163,6 +158,13 @@ class Ledger:
 
     def _record_path(self, case_id: str) -> Path:
         return self.folder / f"{case_id}.json"
+
+
+def is_done(record: CommitRecord, folder: Path, key: str, overwrite: str) -> bool:
+    """Tell whether a case with this record need not be done again for the work of ``key``."""
+    if overwrite == "always" or (record.key != key and overwrite != "never"):
+        return False
+    return still_holds(record, folder)
 
 
 def peak_memory_bytes() -> int:

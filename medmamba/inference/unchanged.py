@@ -19,12 +19,11 @@ from medmamba.inference.draining import DrainRequest
 from medmamba.inference.engine import finish_run
 from medmamba.inference.history import manifests
 from medmamba.inference.journal import Run
-from medmamba.inference.ledger import Ledger
+from medmamba.inference.ledger import Ledger, is_done
 from medmamba.inference.records import (
     ModelIdentity,
     identify,
     read_record,
-    still_holds,
     work_key,
 )
 
@@ -108,8 +107,7 @@ def _all_done(
             keys[case.id] = work_key(identify(case.images), model, parameters)
         except MedMambaError:
             return None
-        same = record.key == keys[case.id] or overwrite == "never"
-        if not same or not still_holds(record, folder):
+        if not is_done(record, folder, keys[case.id], overwrite):
             return None
     return _Done(parameters=parameters, keys=keys)
 
